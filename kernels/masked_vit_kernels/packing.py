@@ -1,0 +1,237 @@
+"""Variable-length sequences laid end to end, described once a batch on the host.
+
+Every op of the library works on *packed* tokens: the tokens of sequence 0, then those of sequence
+1, and so on, in one (T, D) tensor without padding between them. A `Packing` says where each
+sequence lies. It is built with numpy in the data worker, travels to the device with the batch, and
+is shared by every layer and every op of the step.
+
+Glossary (used throughout the library): B images, N patches, K kept patches, T packed tokens,
+S sequences, H heads, D width, M target blocks an image.
+
+What may change from batch to batch is a device tensor; what is a Python int (`max_seqlen`,
+`capacity`) is a constant of the run, so that one compiled graph serves every step. `capacity` is
+the padded length of every id and row tensor; rows from `cu_seqlens[-1]` on are padding and hold -1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE = 64  # rows an entry of the tile map covers: the row block of the attention kernels
+
+
+@dataclass(frozen=True)
+class Packing:
+    """S sequences laid end to end in `capacity` rows.
+
+    Attributes:
+        cu_seqlens: (S + 1,) int32, first row of each sequence; the last entry is the true total.
+        sequence_ids: (capacity,) int32, the sequence of each row, -1 on padding.
+        tile_map: (capacity // TILE + S, 2) int32, one (sequence, first row within it) for every
+            `TILE` rows of every sequence, longest sequences first, then (-1, -1).
+        max_seqlen: upper bound of a sequence's length.
+        capacity: rows of every packed tensor, padding included.
+        unique: no source row is taken twice, so that a gather's backward needs no accumulation.
+    """
+
+    cu_seqlens: Tensor
+    sequence_ids: Tensor
+    tile_map: Tensor
+    max_seqlen: int
+    capacity: int
+    unique: bool = True
+
+    @property
+    def num_sequences(self) -> int:
+        """S, a constant of the run."""
+        return self.cu_seqlens.shape[0] - 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = True):
+        """The same packing with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """The same packing in page-locked host memory, for asynchronous copies."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function):
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(
+            **{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
+
+
+@dataclass(frozen=True)
+class PredictorPacking(Packing):
+    """The predictor's B * M sequences: an image's context rows, then one block's mask tokens.
+
+    Attributes:
+        source_rows: (capacity,) int64. r < context capacity: the row copies context row r.
+            Otherwise it is the mask token of target row r - context capacity. -1 on padding.
+        context_copies: (context capacity, M) int64, the M rows that copy each context row; -1 on
+            padding. The backward of the assembly sums over them in this order.
+        target_rows: (target capacity,) int64, the row of each target patch's mask token, in the
+            order of the target packing; -1 on padding.
+    """
+
+    source_rows: Tensor = None  # type: ignore[assignment]
+    context_copies: Tensor = None  # type: ignore[assignment]
+    target_rows: Tensor = None  # type: ignore[assignment]
+
+
+def pack_lengths(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
+    unique: bool = True,
+) -> Packing:
+    """Describe sequences of the given lengths, on the host.
+
+    Args:
+        lengths: (S,) non-negative ints; zero-length sequences are allowed.
+        max_seqlen: upper bound of the lengths; default: their maximum.
+        capacity: padded number of rows; default: their sum.
+        unique: promise that no source row is taken twice.
+
+    Raises:
+        ValueError: a negative length, a length over `max_seqlen`, a total over `capacity`.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.ndim != 1:
+        raise ValueError(f"lengths must have shape (S,), got {lengths.shape}")
+    if lengths.size and lengths.min() < 0:
+        raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
+    longest, total = int(lengths.max(initial=0)), int(lengths.sum())
+    max_seqlen = longest if max_seqlen is None else max_seqlen
+    capacity = total if capacity is None else capacity
+    if longest > max_seqlen:
+        raise ValueError(f"a sequence has {longest} tokens, over max_seqlen={max_seqlen}")
+    if total > capacity:
+        raise ValueError(f"{total} tokens do not fit capacity={capacity}")
+
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    sequence_ids = np.full(capacity, -1, dtype=np.int32)
+    sequence_ids[:total] = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
+    return Packing(
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        sequence_ids=torch.from_numpy(sequence_ids),
+        tile_map=torch.from_numpy(_host_tile_map(lengths, capacity)),
+        max_seqlen=max_seqlen,
+        capacity=capacity,
+        unique=unique,
+    )
+
+
+def _host_tile_map(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """(S,) lengths -> (capacity // TILE + S, 2) int32 tiles, longest sequences first."""
+    tile_map = np.full((capacity // TILE + lengths.size, 2), -1, dtype=np.int32)
+    order = np.argsort(-lengths, kind="stable")
+    tiles = -(-lengths[order] // TILE)
+    count = int(tiles.sum())
+    first_tile = np.cumsum(tiles) - tiles
+    tile_map[:count, 0] = np.repeat(order, tiles)
+    tile_map[:count, 1] = (np.arange(count) - np.repeat(first_tile, tiles)) * TILE
+    return tile_map
+
+
+def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) -> Packing:
+    """Describe sequences given as flash-attn gives them, on their own device, without a sync.
+
+    Args:
+        cu_seqlens: (S + 1,) int32 or int64, on any device, non-decreasing, starting at 0.
+        max_seqlen: upper bound of the lengths.
+        capacity: rows of the packed tensors; rows from `cu_seqlens[-1]` on are padding.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    device, num_sequences = cu_seqlens.device, cu_seqlens.shape[0] - 1
+    rows = torch.arange(capacity, device=device, dtype=torch.int32)
+    sequence_ids = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    sequence_ids = torch.where(rows < cu_seqlens[-1], sequence_ids, -1).to(torch.int32)
+
+    tiles = torch.arange(capacity // TILE + num_sequences, device=device, dtype=torch.int32)
+    ends = ((cu_seqlens.diff() + TILE - 1) // TILE).cumsum(0, dtype=torch.int32)
+    sequence = torch.searchsorted(ends, tiles, right=True).clamp(max=max(num_sequences - 1, 0))
+    if num_sequences:
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        first_row = (tiles - starts[sequence]) * TILE
+        tile_map = torch.stack([sequence.to(torch.int32), first_row.to(torch.int32)], dim=1)
+        tile_map = torch.where((tiles < ends[-1])[:, None], tile_map, -1)
+    else:
+        tile_map = torch.full((tiles.shape[0], 2), -1, device=device, dtype=torch.int32)
+    return Packing(
+        cu_seqlens=cu_seqlens,
+        sequence_ids=sequence_ids,
+        tile_map=tile_map.to(torch.int32),
+        max_seqlen=max_seqlen,
+        capacity=capacity,
+        unique=False,
+    )
+
+
+def pack_predictor(
+    context: Packing,
+    target: Packing,
+    *,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
+) -> PredictorPacking:
+    """Describe the predictor's sequences from the context's and the targets' packings, on the host.
+
+    Sequence b * M + m holds image b's context rows and then the mask tokens of its block m
+    (paper section 3, Prediction: the predictor is applied M times, once a block).
+
+    Args:
+        context: B sequences.
+        target: B * M sequences, all blocks of image 0, then of image 1, ...
+
+    Raises:
+        ValueError: the number of target sequences is no multiple of the number of images.
+    """
+    images, blocks = context.num_sequences, target.num_sequences
+    if images == 0 or blocks % images:
+        raise ValueError(f"{blocks} target blocks cannot be shared among {images} images")
+    per_image = blocks // images
+    context_starts = context.cu_seqlens.numpy().astype(np.int64)
+    target_starts = target.cu_seqlens.numpy().astype(np.int64)
+    context_lengths = np.repeat(np.diff(context_starts), per_image)
+    packing = pack_lengths(
+        context_lengths + np.diff(target_starts), max_seqlen=max_seqlen, capacity=capacity
+    )
+    starts = packing.cu_seqlens.numpy().astype(np.int64)
+    total = int(starts[-1])
+
+    sequence = packing.sequence_ids.numpy()[:total].astype(np.int64)
+    within = np.arange(total) - starts[sequence]
+    is_context = within < context_lengths[sequence]
+    context_row = context_starts[sequence // per_image] + within
+    target_row = target_starts[sequence] + within - context_lengths[sequence]
+    source_rows = np.full(packing.capacity, -1, dtype=np.int64)
+    source_rows[:total] = np.where(is_context, context_row, context.capacity + target_row)
+
+    context_copies = np.full((context.capacity, per_image), -1, dtype=np.int64)
+    copies = np.flatnonzero(is_context)
+    context_copies[context_row[copies], sequence[copies] % per_image] = copies
+    target_rows = np.full(target.capacity, -1, dtype=np.int64)
+    tokens = np.flatnonzero(~is_context)
+    target_rows[target_row[tokens]] = tokens
+    fields = {field.name: getattr(packing, field.name) for field in dataclasses.fields(packing)}
+    return PredictorPacking(
+        **fields,
+        source_rows=torch.from_numpy(source_rows),
+        context_copies=torch.from_numpy(context_copies),
+        target_rows=torch.from_numpy(target_rows),
+    )
+
+
+def choose_capacity(total: int, capacities: Sequence[int]) -> int | None:
+    """The smallest capacity that holds `total` tokens, or None where none does."""
+    return min((c for c in capacities if c >= total), default=None)
