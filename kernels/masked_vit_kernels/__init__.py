@@ -1,0 +1,40 @@
+"""Fused ops for masked vision transformers: packed tokens, variable lengths, one-pass updates.
+
+Nothing here knows I-JEPA: MAE, data2vec, iBOT, DINOv2 or V-JEPA can import the ops alone.
+"""
+
+from masked_vit_kernels.cpu import (
+    assemble_predictor_tokens,
+    embed_visible_patches,
+    gather_tokens,
+    latent_prediction_loss,
+    scatter_tokens,
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
+from masked_vit_kernels.packing import (
+    Packing,
+    PredictorPacking,
+    choose_capacity,
+    pack_lengths,
+    pack_predictor,
+    packing_from_cu_seqlens,
+)
+
+__all__ = [
+    "Packing",
+    "PredictorPacking",
+    "assemble_predictor_tokens",
+    "choose_capacity",
+    "embed_visible_patches",
+    "gather_tokens",
+    "latent_prediction_loss",
+    "pack_lengths",
+    "pack_predictor",
+    "packing_from_cu_seqlens",
+    "scatter_tokens",
+    "varlen_attention",
+    "varlen_attention_kvpacked",
+    "varlen_attention_qkvpacked",
+]
