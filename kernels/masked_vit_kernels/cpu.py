@@ -108,7 +108,8 @@ def embed_visible_patches(
     if indices is not None:
         patches = gather_tokens(patches, indices, packing)
     patches = _normalize_patches(patches, channels, mean, std).to(dtype)
-    tokens = F.linear(patches, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    tokens = F.linear(patches, weight.flatten(1).to(dtype), bias)
     if pos_embed is not None:
         position = pos_embed.reshape(-1, width).to(dtype)
         tokens = tokens + (position if indices is None else _take_rows_like(position, indices))

@@ -11,6 +11,7 @@ receive no gradient and count in no mean, whatever they hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def _check_ids(ids: Tensor, count: int, name: str) -> None:
 
 
 def gather_tokens(x: Tensor, indices: Tensor, packing: Packing | None = None) -> Tensor:
-    """Take rows of `x`: dense (B, N, D) by (B, K), packed (capacity,) by packing, or flat (T, D)."""
+    """Take rows of `x`: dense (B, N, D) by (B, K), packed (capacity,), or flat (T, D) by (K,)."""
     if x.ndim == 2:
         _check_ids(indices, x.shape[0], "indices")
         rows = [x[i] if i >= 0 else x.new_zeros(x.shape[1]) for i in indices.tolist()]
@@ -75,7 +76,7 @@ def scatter_tokens(
     return torch.stack(
         [
             scatter_tokens(x[start:end], indices[start:end], spread[b], num_tokens)
-            for b, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for b, (start, end) in enumerate(pairwise(bounds))
         ]
     )
 
@@ -93,7 +94,7 @@ def normalize_images(
 
 
 def extract_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, C, Hi, Wi) -> (B, N, C * ph * pw) patches in raster order, pixels in (C, ph, pw) order."""
+    """(B, C, Hi, Wi) -> (B, N, C * ph * pw) patches in raster order, each in (C, ph, pw) order."""
     batch, channels, height, width = images.shape
     ph, pw = patch_size
     tiles = images.reshape(batch, channels, height // ph, ph, width // pw, pw)
