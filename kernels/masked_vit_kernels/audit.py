@@ -1,0 +1,239 @@
+"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU and hold it to its budget.
+
+    python -m masked_vit_kernels.audit [--capability 90] [--match TEXT] [--core]
+
+An op takes part by having, in its module, a generator `audit_cases(capability)` of `AuditCase`s:
+launches built from `meta` tensors by the very function that builds the real launch. The audit binds
+the arguments as Triton's launcher does (types, constexprs, divisibility), compiles them with
+Triton's own compiler and ptxas, and reads registers, stack and instructions off the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import masked_vit_kernels
+from masked_vit_kernels.audit_budgets import BUDGETS
+from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT, KernelLaunch
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# The matrix instruction each architecture should use, as nvdisasm spells it.
+_MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+
+
+@dataclass(frozen=True)
+class AuditCase:
+    """One launch to compile.
+
+    Attributes:
+        name: op and variant, for instance "attention forward D=80 keys<=128 bf16".
+        launch: built from `meta` tensors by the op's own launch function.
+        budget: key of `BUDGETS`.
+        core: belongs to the short audit that runs with the tests.
+    """
+
+    name: str
+    launch: KernelLaunch
+    budget: str
+    core: bool = True
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one compiled kernel costs, read off its machine code."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    local_accesses: int
+    local_in_loops: int
+    narrow_accesses: int
+    wide_loads: int
+    matrix_instructions: int
+    other_matrix_instructions: int
+    exponentials: int
+    instructions: int
+
+
+def audited_modules() -> list[str]:
+    """Modules of the package that define `audit_cases`."""
+    names = [info.name for info in pkgutil.iter_modules(masked_vit_kernels.__path__)]
+    skipped = {"audit", "audit_budgets", "selftest"}
+    modules = [f"masked_vit_kernels.{name}" for name in names if name not in skipped]
+    return [m for m in modules if hasattr(importlib.import_module(m), "audit_cases")]
+
+
+def all_cases(capability: int) -> Iterator[AuditCase]:
+    """The cases of every op for one capability."""
+    for name in audited_modules():
+        yield from importlib.import_module(name).audit_cases(capability)
+
+
+def compile_launch(launch: KernelLaunch, capability: int) -> CompiledKernel:
+    """Compile `launch` for `capability` (80, 90 or 100) as its `run` would on such a GPU."""
+    kernel = launch.kernel
+    if not isinstance(kernel, JITFunction):
+        raise RuntimeError("the audit cannot run under TRITON_INTERPRET=1")
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**launch.arguments)
+    parsed, signature, constexprs, attributes = kernel._pack_args(
+        backend, options, bound, specialization, None
+    )
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code of a cubin as nvdisasm prints it."""
+    return _run_tool("nvdisasm", "-c", cubin=cubin)
+
+
+def measure(compiled: CompiledKernel, capability: int) -> Measurement:
+    """Registers, stack and instruction counts of a compiled kernel."""
+    cubin = compiled.asm["cubin"]
+    usage = _run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    code = parse_instructions(disassemble(cubin))
+    opcodes = [opcode for _, opcode, _ in code]
+    loops = innermost_loops(code)
+    local = [address for address, opcode, _ in code if opcode.startswith(("LDL", "STL"))]
+    return Measurement(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        shared_bytes=compiled.metadata.shared,
+        local_accesses=len(local),
+        local_in_loops=sum(any(a <= x <= b for a, b in loops) for x in local),
+        narrow_accesses=_count(opcodes, r"(LDG|STG)\b.*\.[US](8|16)\b"),
+        wide_loads=_count(opcodes, r"(LDG|LDGSTS)\b.*\.128\b|UBLKCP|UTMALDG"),
+        matrix_instructions=_count(opcodes, _MATRIX_INSTRUCTION[capability]),
+        other_matrix_instructions=_count(opcodes, r"HMMA|HGMMA|UTC\w*MMA")
+        - _count(opcodes, _MATRIX_INSTRUCTION[capability]),
+        exponentials=_count(opcodes, r"MUFU\.EX2"),
+        instructions=len(code),
+    )
+
+
+def violations(case: AuditCase, found: Measurement, capability: int) -> list[str]:
+    """What in `found` breaks the case's budget, in words; empty when it holds."""
+    budget = BUDGETS[case.budget]
+    limits = {
+        "registers": budget.registers,
+        "stack_bytes": budget.stack_bytes,
+        "local_in_loops": budget.local_in_loops,
+        "narrow_accesses": budget.narrow_accesses,
+        "shared_bytes": SHARED_MEMORY_LIMIT[capability],
+    }
+    broken = [
+        f"{name} {getattr(found, name)} > {limit}"
+        for name, limit in limits.items()
+        if limit is not None and getattr(found, name) > limit
+    ]
+    if budget.wide_loads and not found.wide_loads:
+        broken.append("no 16-byte loads")
+    if budget.tensor_cores and not found.matrix_instructions:
+        broken.append(f"no {_MATRIX_INSTRUCTION[capability]} instruction")
+    return broken
+
+
+Instruction = tuple[int, str, str]  # address, opcode with modifiers, operands
+
+
+def parse_instructions(sass: str) -> list[Instruction]:
+    """nvdisasm's text -> [(address, opcode, operands)], labels resolved in branch operands."""
+    labels: dict[str, int] = {}
+    pending: list[str] = []
+    code: list[Instruction] = []
+    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            pending.append(label.group(1))
+        elif found := pattern.search(line):
+            address = int(found.group(1), 16)
+            labels.update(dict.fromkeys(pending, address))
+            pending.clear()
+            code.append((address, found.group(2), found.group(3)))
+    return [
+        (a, op, re.sub(r"`\((\.L_\w+)\)", lambda m: hex(labels.get(m.group(1), -1)), operands))
+        for a, op, operands in code
+    ]
+
+
+def innermost_loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """Address ranges of loops (backward branches) that contain no other loop.
+
+    The endless branch to itself that ends every kernel is no loop.
+    """
+    loops = []
+    for address, opcode, operands in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if opcode.startswith("BRA") and target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    return [
+        (a, b)
+        for a, b in loops
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
+    ]
+
+
+def _count(opcodes: list[str], pattern: str) -> int:
+    compiled = re.compile(pattern)
+    return sum(bool(compiled.match(opcode)) for opcode in opcodes)
+
+
+def _run_tool(name: str, *flags: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / name), *flags, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print one line a kernel, return 1 where a budget is broken."""
+    parser = argparse.ArgumentParser(description="compile every kernel and hold it to its budget")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--core", action="store_true", help="only the cases the tests compile")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+
+    print(f"{'sm':>3} {'kernel':58} {'reg':>3} {'stack':>5} {'shared':>6} {'mma':>4} {'warps':>5}")
+    failures = 0
+    for capability in options.capability or CAPABILITIES:
+        for case in all_cases(capability):
+            if options.match not in case.name or (options.core and not case.core):
+                continue
+            found = measure(compile_launch(case.launch, capability), capability)
+            broken = violations(case, found, capability)
+            failures += bool(broken)
+            print(
+                f"{capability:>3} {case.name:58} {found.registers:>3} {found.stack_bytes:>5} "
+                f"{found.shared_bytes:>6} {found.matrix_instructions:>4} {case.launch.num_warps:>5}"
+                f"{'  OVER: ' + '; '.join(broken) if broken else ''}",
+                flush=True,
+            )
+    print(f"{failures} over budget" if failures else "every budget holds")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

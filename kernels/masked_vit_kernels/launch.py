@@ -1,0 +1,115 @@
+"""How the ops launch their kernels: one description that runs, interprets and audits alike.
+
+An op builds a `KernelLaunch` from tensors and calls `run`. The compile audit builds the same launch
+from tensors on the `meta` device and compiles what a GPU would have been asked to run: constexprs,
+types and divisibility hints cannot drift apart. Under `TRITON_INTERPRET=1` the same launch runs on
+CPU tensors.
+
+Alignment: Triton 3.6 learns that an integer argument is a multiple of 16 and of nothing smaller, and
+`tl.multiple_of` on a kernel argument is lost. A stride that is a multiple of 8 is made a constexpr,
+or passed divided by 8 and multiplied in the kernel; otherwise every load is 2 bytes wide.
+
+The argument checks here are those that more than one op needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Compute capabilities the launch tables know, as major * 10 + minor.
+CAPABILITIES = (80, 90, 100)
+
+# Bytes of shared memory one program may use.
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One kernel, its grid and every one of its parameters by name.
+
+    Attributes:
+        kernel: a `triton.jit` function.
+        grid: programs along each axis; a launch with a zero in it does nothing.
+        arguments: tensors, numbers and constexprs by parameter name, in any order.
+        num_warps: warps a program.
+        num_stages: depth of Triton's software pipeline.
+    """
+
+    kernel: triton.runtime.KernelInterface
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        """Launch on the device of the tensors, whichever device is current."""
+        if 0 in self.grid:
+            return
+        device = next(v.device for v in self.arguments.values() if isinstance(v, Tensor))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch()
+        else:
+            self._launch()
+
+    def _launch(self) -> None:
+        self.kernel[self.grid](
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+@functools.cache
+def _device_capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def table_capability(device: torch.device) -> int:
+    """The entry of the launch tables that serves `device`: 80, 90 or 100.
+
+    Hopper and datacenter Blackwell have their own; everything else runs Ampere's. Without a CUDA
+    device (the interpreter, `meta` tensors) it is 90.
+    """
+    if device.type != "cuda":
+        return 90
+    index = torch.cuda.current_device() if device.index is None else device.index
+    major = _device_capability(index) // 10
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int | None], pattern: str) -> None:
+    """Raise ValueError unless `x` has `shape`; None matches any size. `pattern` is for the text."""
+    fits = x.ndim == len(shape) and all(
+        want is None or have == want for have, want in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {pattern}, got {tuple(x.shape)}")
+
+
+def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = TRITON_DTYPES) -> None:
+    """Raise ValueError unless `x` has one of the `allowed` dtypes."""
+    if x.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(f"{name} must be one of {names}, got {x.dtype}")
+
+
+def check_same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless every given tensor lies on the device of the first."""
+    for name, other in others.items():
+        if other is not None and other.device != first.device:
+            raise ValueError(
+                f"{name} must be on {first.device} like {first_name}, got {other.device}"
+            )
+
+
+def round_up_to_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`; 1 for n < 1."""
+    return 1 << max(n - 1, 0).bit_length()
