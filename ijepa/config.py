@@ -2,12 +2,53 @@
 
 Knows nobody else. A recipe is a TOML file whose tables are the fields of `Recipe`; the command
 line overrides single values (`--train.batch-size 64`). Each class checks its own values when it
-is made, so that a bad one is refused before any data is touched.
+is made, so that a bad one is refused before any data is touched. Reading the files is
+`ijepa.recipes`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) where a setting is out of its range."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(config, *names: str) -> None:
+    """Every named field (or every entry of it) must be finite and greater than 0."""
+    for name in names:
+        value = getattr(config, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        _require(
+            all(math.isfinite(entry) and entry > 0 for entry in entries),
+            f"{name} must be greater than 0, got {value}",
+        )
+
+
+def _require_range(config, name: str, lowest: float, highest: float) -> None:
+    """A (low, high) field must satisfy lowest < low <= high <= highest."""
+    low, high = getattr(config, name)
+    _require(
+        lowest < low <= high <= highest,
+        f"{name} must be (low, high) with {lowest} < low <= high <= {highest}, got ({low}, {high})",
+    )
+
+
+# Encoder sizes by the field's usual names (G: paper appendix A.1); `ModelConfig(**VIT_SIZES["B"])`.
+VIT_SIZES: dict[str, dict] = {
+    "T": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
+    "S": {"width": 384, "depth": 12, "heads": 6, "mlp_ratio": 4.0},
+    "B": {"width": 768, "depth": 12, "heads": 12, "mlp_ratio": 4.0},
+    "L": {"width": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4.0},
+    "H": {"width": 1280, "depth": 32, "heads": 16, "mlp_ratio": 4.0},
+    "G": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+}
 
 
 @dataclass(frozen=True)
@@ -18,15 +59,23 @@ class ModelConfig:
         image_size: (height, width) in pixels.
         channels: image channels.
         patch_size: (height, width) of a patch in pixels.
-        width, depth, heads, mlp_ratio: the encoders.
-        predictor_width, predictor_depth, predictor_heads: the predictor.
+        width: features of a token in the encoders, a multiple of 4 (positions) and of `heads`.
+        depth: blocks of the encoders.
+        heads: attention heads of the encoders.
+        mlp_ratio: width of the hidden layer of a block's MLP over its width.
+        predictor_width: features of a token in the predictor.
+        predictor_depth: blocks of the predictor.
+        predictor_heads: attention heads of the predictor.
         loss: "smooth_l1" (released code) or "l2" (paper).
         target: "representation" or "pixels" (Table 7).
         target_masking: mask the target encoder's "output" or its "input" (Table 11).
         patch_init_std: std of the patch embedding's initial weights.
         rescale_init: divide attention and MLP output weights by sqrt(2 * layer) at initialisation.
         activation_checkpointing: recompute each block in the backward pass.
-        image_mean, image_std: per-channel normalisation of pixels in [0, 1].
+        prune_predictor: the predictor's last block computes target rows only (exact).
+        prune_target: the target encoder's last block computes target rows only (exact).
+        image_mean: subtracted from each channel of pixels in [0, 1].
+        image_std: divides each channel.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -39,14 +88,40 @@ class ModelConfig:
     predictor_width: int = 384
     predictor_depth: int = 6
     predictor_heads: int = 12
-    loss: str = "smooth_l1"
-    target: str = "representation"
-    target_masking: str = "output"
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+    target: Literal["representation", "pixels"] = "representation"
+    target_masking: Literal["output", "input"] = "output"
     patch_init_std: float = 0.02
     rescale_init: bool = False
     activation_checkpointing: bool = False
+    prune_predictor: bool = True
+    prune_target: bool = True
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        _require_positive(self, "image_size", "channels", "patch_size", "depth", "mlp_ratio")
+        _require_positive(self, "predictor_depth", "patch_init_std", "image_std")
+        for size, patch in zip(self.image_size, self.patch_size, strict=True):
+            _require(
+                size % patch == 0,
+                f"image_size must be a multiple of patch_size: for {size} and patches of {patch} "
+                f"the nearest is {max(round(size / patch), 1) * patch}",
+            )
+        for width_name, heads_name in (("width", "heads"), ("predictor_width", "predictor_heads")):
+            _require_positive(self, width_name, heads_name)
+            width, heads = getattr(self, width_name), getattr(self, heads_name)
+            _require(width % 4 == 0, f"{width_name} must be a multiple of 4, got {width}")
+            _require(
+                width % heads == 0,
+                f"{width_name} {width} must be a multiple of {heads_name} {heads}",
+            )
+        for name in ("image_mean", "image_std"):
+            entries = len(getattr(self, name))
+            _require(
+                entries == self.channels,
+                f"{name} must have {self.channels} entries, one a channel, got {entries}",
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,6 +136,13 @@ class ModelConfig:
         """N."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def target_width(self) -> int:
+        """Width of what is predicted: the encoder's, or a patch's pixels."""
+        if self.target == "pixels":
+            return self.channels * self.patch_size[0] * self.patch_size[1]
+        return self.width
+
 
 @dataclass(frozen=True)
 class MaskConfig:
@@ -69,19 +151,30 @@ class MaskConfig:
     Attributes:
         strategy: "multiblock", "rasterized", "block" or "random".
         batching: "packed" (every image keeps its own sizes) or "truncate" (released behaviour).
-        context_scale, target_scale: ranges of a block's share of the grid.
+        context_scale: range of the context block's share of the grid.
+        target_scale: range of a target block's share of the grid.
         target_aspect: range of a target block's height over width.
         num_targets: M, blocks an image.
         min_context: fewest context patches of an image; None chooses by the grid.
     """
 
-    strategy: str = "multiblock"
-    batching: str = "packed"
+    strategy: Literal["multiblock", "rasterized", "block", "random"] = "multiblock"
+    batching: Literal["packed", "truncate"] = "packed"
     context_scale: tuple[float, float] = (0.85, 1.0)
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect: tuple[float, float] = (0.75, 1.5)
     num_targets: int = 4
     min_context: int | None = None
+
+    def __post_init__(self):
+        _require_range(self, "context_scale", 0.0, 1.0)
+        _require_range(self, "target_scale", 0.0, 1.0)
+        _require_range(self, "target_aspect", 0.0, math.inf)
+        _require_positive(self, "num_targets")
+        _require(
+            self.min_context is None or self.min_context >= 1,
+            f"min_context must be at least 1, got {self.min_context}",
+        )
 
 
 @dataclass(frozen=True)
@@ -98,13 +191,22 @@ class DataConfig:
         workers: loader processes; 0 loads in the main one.
     """
 
-    source: str = "shapes"
+    source: Literal["shapes", "scenes", "folder"] = "shapes"
     path: str | None = None
     num_images: int = 12_000
     crop_scale: tuple[float, float] = (0.3, 1.0)
     flip: bool = False
-    interpolation: str = "bilinear"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     workers: int = 1
+
+    def __post_init__(self):
+        _require_positive(self, "num_images")
+        _require_range(self, "crop_scale", 0.0, 1.0)
+        _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        _require(
+            self.path is None or self.source == "folder",
+            f'path = {self.path!r} needs data.source = "folder"',
+        )
 
 
 @dataclass(frozen=True)
@@ -122,28 +224,69 @@ class OptimConfig:
     max_grad_norm: float | None = None
     max_skipped_steps: int = 20
 
+    def __post_init__(self):
+        _require(
+            all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
+        )
+        _require_positive(self, "eps", "max_skipped_steps")
+        if self.max_grad_norm is not None:
+            _require_positive(self, "max_grad_norm")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate, weight decay and momentum as functions of the step (all counts in steps).
+    """Learning rate, weight decay and momentum as functions of the step.
+
+    Lengths count steps. A recipe may leave them to the run: `Recipe.in_steps` fills
+    `total_steps` in, and turns `warmup_epochs` into `warmup_steps`, when the data is known.
 
     Attributes:
-        total_steps: length the schedules are laid out for (released: 1.25 x the epochs run).
-        warmup_steps, start_lr, peak_lr, final_lr: linear warm-up, then cosine.
-        weight_decay, final_weight_decay, weight_decay_shape: "cosine" (released), "linear" (paper).
-        momentum, final_momentum: of the target encoder, linear in the step.
+        total_steps: length the schedules are laid out for; None: `stretch` times the run's steps.
+        stretch: the released code's `ipe_scale`; a run ends before its schedules do where it is
+            over 1 (default of the released code 1.25, its published recipes set 1).
+        warmup_steps: steps of linear warm-up from start_lr to peak_lr.
+        warmup_epochs: the warm-up in passes over the data, in place of `warmup_steps`.
+        start_lr: learning rate of step 0.
+        peak_lr: learning rate after the warm-up; a cosine leads from there to final_lr.
+        final_lr: learning rate of the last step.
+        weight_decay: of step 0.
+        final_weight_decay: of the last step.
+        weight_decay_shape: "cosine" (released code) or "linear" (paper).
+        momentum: of the target encoder at step 0, linear in the step.
+        final_momentum: of the target encoder at the last step.
     """
 
-    total_steps: int = 1000
-    warmup_steps: int = 100
+    total_steps: int | None = None
+    stretch: float = 1.0
+    warmup_steps: int = 0
+    warmup_epochs: float | None = None
     start_lr: float = 2e-4
     peak_lr: float = 1e-3
     final_lr: float = 1e-6
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
-    weight_decay_shape: str = "cosine"
+    weight_decay_shape: Literal["cosine", "linear"] = "cosine"
     momentum: float = 0.996
     final_momentum: float = 1.0
+
+    def __post_init__(self):
+        if self.total_steps is not None:
+            _require_positive(self, "total_steps")
+        _require(self.stretch >= 1, f"stretch must be at least 1, got {self.stretch}")
+        _require(
+            not (self.warmup_steps and self.warmup_epochs is not None),
+            f"give warmup_steps or warmup_epochs, not both: got {self.warmup_steps} steps and "
+            f"{self.warmup_epochs} epochs",
+        )
+        for name in ("warmup_steps", "start_lr", "peak_lr", "final_lr"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"{name} must not be negative, got {value}")
+        for name in ("weight_decay", "final_weight_decay", "warmup_epochs"):
+            value = getattr(self, name) or 0.0
+            _require(0 <= value < math.inf, f"{name} must not be negative, got {value}")
+        for name in ("momentum", "final_momentum"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
 
 
 @dataclass(frozen=True)
@@ -152,8 +295,9 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps to take.
+        epochs: passes over the data to make, in place of `steps`.
         batch_size: images a step, over all ranks and micro-batches.
-        accumulate: micro-batches a step.
+        accumulate: micro-batches a step, on each rank.
         precision: "fp32" or "bf16" (autocast).
         seed: of initialisation, data order, crops and masks.
         device: "auto", "cpu" or "cuda".
@@ -163,16 +307,32 @@ class TrainConfig:
         tensorboard: also write TensorBoard event files.
     """
 
-    steps: int = 1000
+    steps: int | None = None
+    epochs: float | None = None
     batch_size: int = 64
     accumulate: int = 1
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str | None = None
     checkpoint_every: int = 500
     log_every: int = 10
     tensorboard: bool = False
+
+    def __post_init__(self):
+        _require(
+            self.steps is None or self.epochs is None,
+            f"give steps or epochs, not both: got {self.steps} steps and {self.epochs} epochs",
+        )
+        for name in ("steps", "epochs"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        _require_positive(self, "batch_size", "accumulate", "checkpoint_every", "log_every")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
+        )
+        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -189,11 +349,20 @@ class MonitorConfig:
     images: int = 512
     evaluate: bool = True
 
+    def __post_init__(self):
+        _require(self.every >= 0, f"every must not be negative, got {self.every}")
+        _require(self.images >= 2, f"images must be at least 2, got {self.images}")
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a run; one TOML table a field."""
+    """All settings of a run; one TOML table a field.
 
+    Attributes:
+        name: what the run's folder is called after; the recipe file's name by default.
+    """
+
+    name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -201,3 +370,38 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def in_steps(self, num_images: int) -> Recipe:
+        """The same recipe with every length in optimiser steps, for a data set of this size.
+
+        An epoch is `num_images // batch_size` steps, as in the released code, whose loader drops
+        the last incomplete batch.
+
+        Raises:
+            ValueError: no length is given, or a batch does not fit the data.
+        """
+        steps_per_epoch = num_images // self.train.batch_size
+        _require(
+            steps_per_epoch > 0,
+            f"train.batch_size {self.train.batch_size} exceeds the {num_images} images of the data",
+        )
+        _require(
+            self.train.steps is not None or self.train.epochs is not None,
+            "the length of the run is not set: give train.steps or train.epochs",
+        )
+        steps = self.train.steps or max(round(self.train.epochs * steps_per_epoch), 1)
+        schedule = self.schedule
+        warmup_steps = schedule.warmup_steps
+        if schedule.warmup_epochs is not None:
+            warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
+        total_steps = schedule.total_steps or int(schedule.stretch * steps)
+        return dataclasses.replace(
+            self,
+            train=dataclasses.replace(self.train, steps=steps, epochs=None),
+            schedule=dataclasses.replace(
+                schedule,
+                total_steps=total_steps,
+                warmup_steps=min(warmup_steps, total_steps),
+                warmup_epochs=None,
+            ),
+        )
