@@ -1,0 +1,41 @@
+"""I-JEPA: self-supervised pretraining of vision transformers by predicting in latent space.
+
+The public names below are imported on first use, so that `import ijepa` stays quick.
+"""
+
+from importlib import import_module
+
+_MODULES = {
+    "IJEPA": "model",
+    "MaskBatch": "mask_batch",
+    "MultiBlockSampler": "masks",
+    "RasterizedSampler": "masks",
+    "BlockSampler": "masks",
+    "RandomSampler": "masks",
+    "Trainer": "trainer",
+    "StepResult": "trainer",
+    "load_official": "interop",
+    "load_recipe": "config",
+    "Recipe": "config",
+    "ModelConfig": "config",
+    "MaskConfig": "config",
+    "DataConfig": "config",
+    "OptimConfig": "config",
+    "ScheduleConfig": "config",
+    "TrainConfig": "config",
+    "MonitorConfig": "config",
+    "VIT_SIZES": "config",
+}
+
+__all__ = list(_MODULES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ijepa' has no attribute {name!r}")
+    return getattr(import_module(f"ijepa.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])
