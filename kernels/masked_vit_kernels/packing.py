@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 TILE = 64  # rows an entry of the tile map covers: the row block of the attention kernels
+WIDE_TILE = 128  # the same for the wide tile map
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Packing:
         sequence_ids: (capacity,) int32, the sequence of each row, -1 on padding.
         tile_map: (capacity // TILE + S, 2) int32, one (sequence, first row within it) for every
             `TILE` rows of every sequence, longest sequences first, then (-1, -1).
+        wide_tile_map: (capacity // WIDE_TILE + S, 2) int32, the same for every `WIDE_TILE` rows.
+        sequence_order: (S,) int32, the sequences from longest to shortest.
         max_seqlen: upper bound of a sequence's length.
         capacity: rows of every packed tensor, padding included.
         unique: no source row is taken twice, so that a gather's backward needs no accumulation.
@@ -43,6 +46,8 @@ class Packing:
     cu_seqlens: Tensor
     sequence_ids: Tensor
     tile_map: Tensor
+    wide_tile_map: Tensor
+    sequence_order: Tensor
     max_seqlen: int
     capacity: int
     unique: bool = True
@@ -119,25 +124,27 @@ def pack_lengths(
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     sequence_ids = np.full(capacity, -1, dtype=np.int32)
     sequence_ids[:total] = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
+    order = np.argsort(-lengths, kind="stable")
     return Packing(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         sequence_ids=torch.from_numpy(sequence_ids),
-        tile_map=torch.from_numpy(_host_tile_map(lengths, capacity)),
+        tile_map=torch.from_numpy(_host_tile_map(lengths, order, capacity, TILE)),
+        wide_tile_map=torch.from_numpy(_host_tile_map(lengths, order, capacity, WIDE_TILE)),
+        sequence_order=torch.from_numpy(order.astype(np.int32)),
         max_seqlen=max_seqlen,
         capacity=capacity,
         unique=unique,
     )
 
 
-def _host_tile_map(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """(S,) lengths -> (capacity // TILE + S, 2) int32 tiles, longest sequences first."""
-    tile_map = np.full((capacity // TILE + lengths.size, 2), -1, dtype=np.int32)
-    order = np.argsort(-lengths, kind="stable")
-    tiles = -(-lengths[order] // TILE)
+def _host_tile_map(lengths: np.ndarray, order: np.ndarray, capacity: int, rows: int) -> np.ndarray:
+    """(S,) lengths -> (capacity // rows + S, 2) int32 tiles of `rows`, sequences in `order`."""
+    tile_map = np.full((capacity // rows + lengths.size, 2), -1, dtype=np.int32)
+    tiles = -(-lengths[order] // rows)
     count = int(tiles.sum())
     first_tile = np.cumsum(tiles) - tiles
     tile_map[:count, 0] = np.repeat(order, tiles)
-    tile_map[:count, 1] = (np.arange(count) - np.repeat(first_tile, tiles)) * TILE
+    tile_map[:count, 1] = (np.arange(count) - np.repeat(first_tile, tiles)) * rows
     return tile_map
 
 
@@ -152,29 +159,35 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
     cu_seqlens = cu_seqlens.to(torch.int32)
-    device, num_sequences = cu_seqlens.device, cu_seqlens.shape[0] - 1
-    rows = torch.arange(capacity, device=device, dtype=torch.int32)
+    rows = torch.arange(capacity, device=cu_seqlens.device, dtype=torch.int32)
     sequence_ids = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
     sequence_ids = torch.where(rows < cu_seqlens[-1], sequence_ids, -1).to(torch.int32)
 
-    tiles = torch.arange(capacity // TILE + num_sequences, device=device, dtype=torch.int32)
-    ends = ((cu_seqlens.diff() + TILE - 1) // TILE).cumsum(0, dtype=torch.int32)
-    sequence = torch.searchsorted(ends, tiles, right=True).clamp(max=max(num_sequences - 1, 0))
-    if num_sequences:
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        first_row = (tiles - starts[sequence]) * TILE
-        tile_map = torch.stack([sequence.to(torch.int32), first_row.to(torch.int32)], dim=1)
-        tile_map = torch.where((tiles < ends[-1])[:, None], tile_map, -1)
-    else:
-        tile_map = torch.full((tiles.shape[0], 2), -1, device=device, dtype=torch.int32)
+    lengths = cu_seqlens.diff()
+    order = torch.argsort(lengths, descending=True, stable=True)
     return Packing(
         cu_seqlens=cu_seqlens,
         sequence_ids=sequence_ids,
-        tile_map=tile_map.to(torch.int32),
+        tile_map=_device_tile_map(lengths, order, capacity, TILE),
+        wide_tile_map=_device_tile_map(lengths, order, capacity, WIDE_TILE),
+        sequence_order=order.to(torch.int32),
         max_seqlen=max_seqlen,
         capacity=capacity,
         unique=False,
     )
+
+
+def _device_tile_map(lengths: Tensor, order: Tensor, capacity: int, rows: int) -> Tensor:
+    """`_host_tile_map` on the lengths' own device, without a sync."""
+    tiles = torch.arange(capacity // rows + lengths.shape[0], device=lengths.device)
+    if not lengths.shape[0]:
+        return tiles.new_full((tiles.shape[0], 2), -1, dtype=torch.int32)
+    counts = (lengths[order] + rows - 1) // rows
+    ends = counts.cumsum(0)
+    entry = torch.searchsorted(ends, tiles, right=True).clamp(max=lengths.shape[0] - 1)
+    first_row = (tiles - (ends - counts)[entry]) * rows
+    tile_map = torch.stack([order[entry], first_row], dim=1)
+    return torch.where((tiles < ends[-1])[:, None], tile_map, -1).to(torch.int32)
 
 
 def pack_predictor(
