@@ -1,0 +1,247 @@
+"""Checkpoints: written whole or not at all, and refused by name where something is wrong.
+
+    RUN/checkpoints/step-00000500/
+        weights.safetensors     context_encoder.*, target_encoder.*, predictor.*, released names
+        trainer.safetensors     optimiser and counters, random states
+        checkpoint.json         step, settings, versions, sizes and SHA-256 of the two files
+    RUN/checkpoints/latest      the newest one's name
+
+A checkpoint is written into a folder aside, every file and the folder are fsynced, and one rename
+puts it in place; `latest` is replaced likewise. A process killed at any moment leaves the last
+complete checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "ijepa-checkpoint"
+FORMAT_VERSION = 1
+WEIGHTS, STATE, METADATA, LATEST = (
+    "weights.safetensors",
+    "trainer.safetensors",
+    "checkpoint.json",
+    "latest",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign, or does not belong to this run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds.
+
+    Attributes:
+        path: the folder.
+        step: optimiser steps taken.
+        metadata: the JSON object: "config" (all settings, lengths in steps), "data", "versions".
+        weights: the three networks' tensors by prefixed released names.
+        state: nested dicts and lists of tensors and plain values.
+    """
+
+    path: Path
+    step: int
+    metadata: dict[str, Any]
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest `keep`.
+
+    Args:
+        state: nested dicts and lists of tensors, numbers, strings, booleans and None.
+        metadata: JSON values.
+    """
+    root = run_folder / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{step:08d}"
+    aside = root / f".{final.name}.partial"
+    for leftover in root.glob(".*.partial"):
+        shutil.rmtree(leftover)
+    aside.mkdir()
+
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(state, "", tensors)
+    save_file(_savable(weights), aside / WEIGHTS)
+    save_file(_savable(tensors), aside / STATE)
+    files = {name: _fingerprint(aside / name) for name in (WEIGHTS, STATE)}
+    _write_synced(
+        aside / METADATA,
+        json.dumps(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "files": files,
+                "versions": versions(),
+                **metadata,
+                "state": tree,
+            },
+            indent=1,
+        ),
+    )
+    for name in (WEIGHTS, STATE):
+        _sync(aside / name)
+    _sync(aside)
+    if final.exists():  # a run resumed from an older checkpoint comes by again
+        final.rename(root / f".{final.name}.replaced.partial")
+    aside.rename(final)
+    _sync(root)
+    _write_synced(root / f".{LATEST}.partial-file", final.name + "\n")
+    (root / f".{LATEST}.partial-file").replace(root / LATEST)
+    _sync(root)
+    for old in [*sorted(root.glob("step-*"))[:-keep], *root.glob(".step-*.partial")]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint folder, or the latest one of a run's folder.
+
+    Raises:
+        CheckpointError: nothing there, a damaged or foreign file; names it.
+    """
+    folder = find_checkpoint(Path(path))
+    try:
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no {METADATA}: not a checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / METADATA} is foreign: not written by ijepa")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / METADATA} has format version {metadata.get('format_version')}, "
+            f"this program reads {FORMAT_VERSION}"
+        )
+    try:
+        contents = {name: _read_tensors(folder / name, metadata["files"][name])
+                    for name in (WEIGHTS, STATE)}  # fmt: skip
+        state = _unflatten(metadata.pop("state"), contents[STATE])
+        step = int(metadata["step"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+    return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder meant by a run's folder, its checkpoints folder or itself."""
+    if (path / METADATA).exists() or path.name.startswith("step-"):
+        return path
+    root = path if path.name == "checkpoints" else path / "checkpoints"
+    if not root.is_dir():
+        raise CheckpointError(f"{path} holds no checkpoints")
+    if (root / LATEST).exists():
+        folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
+        if not folder.is_dir():
+            raise CheckpointError(f"{root / LATEST} names {folder.name}, which is not there")
+        return folder
+    complete = sorted(root.glob("step-*"))
+    if not complete:
+        raise CheckpointError(f"{root} holds no complete checkpoint")
+    return complete[-1]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def _read_tensors(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of one file, after its size and checksum are found as they were written."""
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(f"{file} is damaged: {size} bytes, {expected['bytes']} were written")
+    if _fingerprint(file) != expected:
+        raise CheckpointError(f"{file} is damaged: its checksum differs from the written one")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }
+
+
+def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous host copies that share no memory, which safetensors requires."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors.items()}  # fmt: skip
+
+
+def _write_synced(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A JSON description of a nested value; its tensors go into `tensors` by their path."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):  # as pairs: optimisers key their state by integers
+        return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        entries = [_flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": entries}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"a checkpoint cannot hold {name}: {type(value).__name__}")
+
+
+def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_flatten`."""
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(value, tensors) for key, value in content}
+    if kind == "list":
+        return [_unflatten(entry, tensors) for entry in content]
+    if kind == "tuple":
+        return tuple(_unflatten(entry, tensors) for entry in content)
+    return content

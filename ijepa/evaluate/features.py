@@ -1,0 +1,48 @@
+"""Frozen features: the final LayerNorm on every block output used, then the mean over patches.
+
+The paper evaluates the target encoder and reports the better of `last` (the last block) and
+`last4` (the last four blocks concatenated), see its appendix A.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from masked_vit_kernels.reference import normalize_images
+from torch import Tensor
+
+from ijepa.vit import Encoder
+
+CONCATENATED_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Features:
+    """Average-pooled features of n images, float32 on the host.
+
+    Attributes:
+        last: (n, D) of the last block.
+        last4: (n, 4 * D) of the last four blocks, the earliest first (all, where there are fewer).
+    """
+
+    last: Tensor
+    last4: Tensor
+
+
+@torch.no_grad()
+def encoder_features(encoder: Encoder, images: Tensor, batch_size: int = 256) -> Features:
+    """Both kinds of features of uint8 images (n, C, Hi, Wi), computed on the encoder's device."""
+    device = next(encoder.parameters()).device
+    count = min(CONCATENATED_BLOCKS, len(encoder.blocks))
+    parts = []
+    for batch in images.split(batch_size):
+        layers = encoder.last_layers(batch.to(device), count)  # count x (B, N, D)
+        parts.append(torch.cat([layer.mean(dim=1) for layer in layers], dim=1).float().cpu())
+    last4 = torch.cat(parts)  # (n, count * D)
+    return Features(last=last4[:, -last4.shape[1] // count :].contiguous(), last4=last4)
+
+
+def pixel_features(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalised pixels of uint8 images (n, C, Hi, Wi) as rows (n, C * Hi * Wi)."""
+    return normalize_images(images, mean, std).flatten(1)

@@ -1,0 +1,79 @@
+"""The collapse panel: is the target encoder still telling images apart?
+
+The loss of a joint-embedding method is only a proxy: it can fall because the targets have become
+easy. The panel looks at average-pooled target features of a fixed set of images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa.evaluate.knn import knn_accuracy
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What the target features of some images look like.
+
+    Attributes:
+        effective_rank: RankMe, between 1 (all features on one line) and the width.
+        feature_std: standard deviation over the images, mean over the dimensions.
+        lowest_std: that of the most constant dimension.
+        cosine: mean cosine between the features of different images, 1 when all are alike.
+        knn: accuracy of a nearest-neighbour classifier, None without labels.
+    """
+
+    effective_rank: float
+    feature_std: float
+    lowest_std: float
+    cosine: float
+    knn: float | None = None
+
+
+def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
+    """Statistics of (n, D) features; labels (n,) int64 add the kNN accuracy.
+
+    The kNN classifies the second half of the images by the first half.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(f"features must have shape (n >= 2, D), got {tuple(features.shape)}")
+    features = features.double()
+    std = features.std(dim=0)
+    accuracy = None
+    if labels is not None:
+        half = features.shape[0] // 2
+        accuracy = knn_accuracy(features[:half], labels[:half], features[half:], labels[half:])
+    return Panel(
+        effective_rank=effective_rank(features),
+        feature_std=std.mean().item(),
+        lowest_std=std.min().item(),
+        cosine=mean_cosine(features),
+        knn=accuracy,
+    )
+
+
+def effective_rank(features: Tensor, eps: float = 1e-7) -> float:
+    """RankMe of (n, D): exp of the entropy of the normalised singular values.
+
+    p_k = sigma_k / sum(sigma) + eps, rank = exp(-sum p_k log p_k) (Garrido et al., 2023).
+    """
+    singular_values = torch.linalg.svdvals(features)
+    p = singular_values / singular_values.sum().clamp(min=eps) + eps
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def mean_cosine(features: Tensor) -> float:
+    """Mean cosine over all pairs of different rows of (n, D).
+
+    With unit rows u_i the sum over all pairs, i = j included, is |sum u_i|^2.
+    """
+    count = features.shape[0]
+    unit = F.normalize(features, dim=1)
+    return ((unit.sum(dim=0).square().sum() - count) / (count * (count - 1))).item()
