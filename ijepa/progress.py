@@ -1,0 +1,85 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 20.0  # without a terminal
+
+
+class RunProgress:
+    """Step, loss, learning rate, images/s and time left of a run.
+
+    Use as a context manager. Nothing is shown where `console` is None (ranks other than the first).
+    """
+
+    def __init__(self, console: Console | None, total_steps: int, first_step: int, batch_size: int):
+        self._console = console
+        self._total, self._first, self._batch = total_steps, first_step, batch_size
+        self._started = self._last_line = time.perf_counter()
+        self._rate_from = (self._started, first_step)
+        self.images_per_second = 0.0
+        self._live: Progress | None = None
+        if console is not None and console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]step {task.completed:,.0f}[/]/{task.total:,.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("loss [bold cyan]{task.fields[loss]}[/]"),
+                TextColumn("lr {task.fields[lr]}"),
+                TextColumn("{task.fields[rate]} images/s"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left[/]"),
+                TimeRemainingColumn(),
+                console=console,
+                expand=True,
+            )
+            self._task = self._live.add_task(
+                "train", total=total_steps, completed=first_step, loss="-", lr="-", rate="-"
+            )
+
+    def __enter__(self) -> RunProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, step: int, loss: float, lr: float) -> None:
+        """`step` steps are done, the last one with this loss and learning rate."""
+        now = time.perf_counter()
+        since, at_step = self._rate_from
+        if now - since >= 1.0:
+            self.images_per_second = (step - at_step) * self._batch / (now - since)
+            self._rate_from = (now, step)
+        if self._live is not None:
+            rate = f"{self.images_per_second:,.0f}" if self.images_per_second else "-"
+            self._live.update(
+                self._task, completed=step, loss=f"{loss:.4f}", lr=f"{lr:.2e}", rate=rate
+            )
+        elif self._console is not None:
+            due = now - self._last_line >= SECONDS_BETWEEN_LINES
+            if due or step in (self._first + 1, self._total):
+                self._last_line = now
+                left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
+                self._console.print(
+                    f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  "
+                    f"{self.images_per_second:,.0f} images/s  {format_seconds(left)} left",
+                    highlight=False,
+                )
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the live display."""
+        if self._console is not None:
+            self._console.print(text, highlight=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """90 -> "1:30", 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

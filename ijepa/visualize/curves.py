@@ -1,0 +1,138 @@
+"""curves.png: loss, learning rate, collapse panel and mask examples of a run.
+
+Needs matplotlib (extra `plots`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_INK, _MUTED, _GRID = "#22313f", "#7b8a97", "#e3e8ec"
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#2e86c1", "#e25822", "#27ae60", "#8e44ad"
+
+
+def plot_curves(
+    metrics: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    mask_examples: np.ndarray | None = None,
+    chance: float | None = None,
+) -> None:
+    """Draw a run's metrics into a PNG file.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        mask_examples: (H, W, 3) uint8 from `draw_mask_examples`.
+        chance: accuracy of guessing, drawn beside the kNN's.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.edgecolor": _MUTED,
+        "axes.labelcolor": _INK,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(12, 9.6 if mask_examples is not None else 6), layout="constrained")
+        figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+        ratios = [1, 1, 1.55] if mask_examples is not None else [1, 1]
+        grid = figure.add_gridspec(len(ratios), 3, height_ratios=ratios)
+        axes = [figure.add_subplot(grid[row, column]) for row in (0, 1) for column in (0, 1, 2)]
+        _draw_loss(axes[0], metrics)
+        _draw_line(axes[1], metrics, "lr", "learning rate", _ORANGE)
+        axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        _draw_line(axes[2], metrics, "grad_norm", "gradient norm", _MUTED, smooth=True)
+        _draw_line(axes[3], metrics, "effective_rank", "effective rank (RankMe)", _PURPLE, "o")
+        _draw_spread(axes[4], metrics)
+        _draw_knn(axes[5], metrics, chance)
+        if mask_examples is not None:
+            _draw_masks(figure.add_subplot(grid[2, :]), mask_examples)
+        figure.savefig(path, dpi=110, facecolor="white")
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """(n,) -> (n,) means over the last `window` values, fewer at the start."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(last - window, 0)
+    return (total[last] - total[first]) / (last - first)
+
+
+def _series(metrics, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the lines that hold `name`."""
+    pairs = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+    return (*np.array(pairs, dtype=float).reshape(-1, 2).T,)
+
+
+def _prepare(axis, title: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axis.grid(color=_GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.02)
+    axis.tick_params(length=0)
+
+
+def _draw_line(axis, metrics, name, title, color, marker=None, smooth=False) -> None:
+    _prepare(axis, title)
+    steps, values = _series(metrics, name)
+    if smooth and len(values):
+        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        values = running_mean(values, max(len(values) // 40, 1))
+    axis.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4)
+
+
+def _draw_loss(axis, metrics) -> None:
+    _draw_line(axis, metrics, "loss", "loss", _BLUE, smooth=True)
+    values = _series(metrics, "loss")[1]
+    if len(values) > 20:  # the first steps would flatten everything after them
+        axis.set_ylim(0, 1.25 * np.quantile(values[len(values) // 20 :], 0.995))
+
+
+def _draw_spread(axis, metrics) -> None:
+    _prepare(axis, "target features over images")
+    for name, label, color in (
+        ("cosine", "mean cosine", _ORANGE),
+        ("feature_std", "mean std", _GREEN),
+        ("lowest_std", "lowest std", _MUTED),
+    ):
+        steps, values = _series(metrics, name)
+        axis.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_knn(axis, metrics, chance: float | None) -> None:
+    _prepare(axis, "online kNN accuracy")
+    steps, values = _series(metrics, "knn")
+    if not len(values):
+        axis.text(0.5, 0.5, "no labels", ha="center", color=_MUTED, transform=axis.transAxes)
+        return
+    axis.plot(steps, 100 * values, color=_GREEN, linewidth=1.8, marker="o", markersize=4)
+    if chance is not None:
+        axis.axhline(100 * chance, color=_MUTED, linewidth=1, linestyle="--")
+        axis.text(steps[-1], 100 * chance, "chance ", ha="right", va="bottom", color=_MUTED)
+    axis.yaxis.set_major_formatter("{x:.0f} %")
+    axis.set_ylim(bottom=0)
+
+
+def _draw_masks(axis, picture: np.ndarray) -> None:
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(
+        "image, context (what is seen), target blocks (what is predicted)",
+        loc="left", fontsize=10, fontweight="bold",
+    )  # fmt: skip
+    axis.axis("off")
