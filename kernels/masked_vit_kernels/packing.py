@@ -122,8 +122,9 @@ def pack_lengths(
         raise ValueError(f"{total} tokens do not fit capacity={capacity}")
 
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    sequence_ids = np.full(capacity, -1, dtype=np.int32)
+    sequence_ids = np.empty(capacity, dtype=np.int32)
     sequence_ids[:total] = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
+    sequence_ids[total:] = -1
     order = np.argsort(-lengths, kind="stable")
     return Packing(
         cu_seqlens=torch.from_numpy(cu_seqlens),
@@ -215,34 +216,60 @@ def pack_predictor(
     per_image = blocks // images
     context_starts = context.cu_seqlens.numpy().astype(np.int64)
     target_starts = target.cu_seqlens.numpy().astype(np.int64)
-    context_lengths = np.repeat(np.diff(context_starts), per_image)
+    context_lengths, target_lengths = np.diff(context_starts), np.diff(target_starts)
+    copied_lengths = np.repeat(context_lengths, per_image)  # (B * M,)
     packing = pack_lengths(
-        context_lengths + np.diff(target_starts), max_seqlen=max_seqlen, capacity=capacity
+        copied_lengths + target_lengths, max_seqlen=max_seqlen, capacity=capacity
     )
-    starts = packing.cu_seqlens.numpy().astype(np.int64)
-    total = int(starts[-1])
+    starts = packing.cu_seqlens.numpy()[:-1].astype(np.int64)  # (B * M,)
+    mask_token_starts = starts + copied_lengths
 
-    sequence = packing.sequence_ids.numpy()[:total].astype(np.int64)
-    within = np.arange(total) - starts[sequence]
-    is_context = within < context_lengths[sequence]
-    context_row = context_starts[sequence // per_image] + within
-    target_row = target_starts[sequence] + within - context_lengths[sequence]
-    source_rows = np.full(packing.capacity, -1, dtype=np.int64)
-    source_rows[:total] = np.where(is_context, context_row, context.capacity + target_row)
-
-    context_copies = np.full((context.capacity, per_image), -1, dtype=np.int64)
-    copies = np.flatnonzero(is_context)
-    context_copies[context_row[copies], sequence[copies] % per_image] = copies
-    target_rows = np.full(target.capacity, -1, dtype=np.int64)
-    tokens = np.flatnonzero(~is_context)
-    target_rows[target_row[tokens]] = tokens
+    # A sequence is two runs of consecutive source rows, one of context and one of mask tokens.
+    # Seen from the other side, the rows that take a sequence's tokens are runs as well.
+    run_lengths = np.stack([copied_lengths, target_lengths], axis=1)
+    run_starts = np.stack(
+        [np.repeat(context_starts[:-1], per_image), context.capacity + target_starts[:-1]], axis=1
+    )
+    context_copies = np.empty((context.capacity, per_image), dtype=np.int64)
+    for block, block_starts in enumerate(starts.reshape(images, per_image).T):
+        context_copies[:, block] = _runs(block_starts, context_lengths, context.capacity)
     fields = {field.name: getattr(packing, field.name) for field in dataclasses.fields(packing)}
     return PredictorPacking(
         **fields,
-        source_rows=torch.from_numpy(source_rows),
+        source_rows=torch.from_numpy(
+            _runs(run_starts.ravel(), run_lengths.ravel(), packing.capacity)
+        ),
         context_copies=torch.from_numpy(context_copies),
-        target_rows=torch.from_numpy(target_rows),
+        target_rows=torch.from_numpy(_runs(mask_token_starts, target_lengths, target.capacity)),
     )
+
+
+def _runs(firsts: np.ndarray, lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Runs of consecutive int64 numbers from `firsts` end to end, then -1 up to (capacity,)."""
+    offsets = firsts - (np.cumsum(lengths) - lengths)  # a run's numbers less their places
+    numbers = np.repeat(offsets, lengths)
+    total = numbers.size
+    if total < capacity:
+        padded = np.empty(capacity, dtype=np.int64)
+        padded[total:] = -1
+        np.add(numbers, _places(total), out=padded[:total])
+        return padded
+    numbers += _places(total)
+    return numbers
+
+
+def _places(count: int) -> np.ndarray:
+    """(count,) int64 from 0, a view of an array kept for the process.
+
+    The page faults of a fresh array cost more than filling it: kept, it halves a batch's packing.
+    """
+    global _all_places
+    if count > _all_places.size:
+        _all_places = np.arange(2 * count)
+    return _all_places[:count]
+
+
+_all_places = np.arange(0)
 
 
 def choose_capacity(total: int, capacities: Sequence[int]) -> int | None:
