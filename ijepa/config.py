@@ -155,6 +155,7 @@ class MaskConfig:
         target_scale: range of a target block's share of the grid.
         target_aspect: range of a target block's height over width.
         num_targets: M, blocks an image.
+        target_share: the target's share of the grid for "block" and "random" (M = 1).
         min_context: fewest context patches of an image; None chooses by the grid.
     """
 
@@ -164,6 +165,7 @@ class MaskConfig:
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect: tuple[float, float] = (0.75, 1.5)
     num_targets: int = 4
+    target_share: float = 0.6
     min_context: int | None = None
 
     def __post_init__(self):
@@ -171,6 +173,9 @@ class MaskConfig:
         _require_range(self, "target_scale", 0.0, 1.0)
         _require_range(self, "target_aspect", 0.0, math.inf)
         _require_positive(self, "num_targets")
+        _require(
+            0 < self.target_share < 1, f"target_share must lie in (0, 1), got {self.target_share}"
+        )
         _require(
             self.min_context is None or self.min_context >= 1,
             f"min_context must be at least 1, got {self.min_context}",

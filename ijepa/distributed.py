@@ -97,3 +97,23 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
     pieces = flat.split([gradient.numel() for gradient in gradients])
     for gradient, piece in zip(gradients, pieces, strict=True):
         gradient.copy_(piece.view_as(gradient))
+
+
+class LateVote:
+    """Whether any rank said yes, told one call later, so that nobody waits for the device.
+
+    Every rank must ask equally often, and all hear the same answer at the same call. A single
+    process hears its own answer at once.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pending: Tensor | None = None
+
+    def any(self, value: bool) -> bool:
+        """This rank's vote now; returns the ranks' verdict on the call before."""
+        if world_size() == 1:
+            return value
+        previous = self._pending
+        self._pending = sum_over_ranks(torch.tensor(float(value), device=self._device))
+        return previous is not None and bool(previous.item())

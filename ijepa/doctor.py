@@ -1,0 +1,119 @@
+"""`ijepa doctor`: what this machine is, which versions run, and where each op runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import masked_vit_kernels
+import torch
+from rich.console import Console
+from rich.table import Table
+
+_PACKAGES = ("torch", "triton", "numpy", "pillow", "simplejpeg", "safetensors", "tyro", "rich")
+_OPTIONAL = {
+    "matplotlib": "curves.png",
+    "tensorboard": "train.tensorboard",
+    "timm": "conversion",
+    "transformers": "conversion",
+}
+_OPS = (
+    "embed_visible_patches",
+    "gather_tokens",
+    "scatter_tokens",
+    "varlen_attention",
+    "varlen_attention_qkvpacked",
+    "varlen_attention_kvpacked",
+    "assemble_predictor_tokens",
+    "latent_prediction_loss",
+    "ema_update_",
+    "AdamWEMA",
+)
+_PLAIN_MODULES = ("masked_vit_kernels.cpu", "masked_vit_kernels.reference")
+
+
+def run_doctor(console: Console) -> None:
+    """Print everything."""
+    console.print(_two_columns("machine", machine()))
+    console.print(_two_columns("versions", installed_versions()))
+    table = Table("op", "CPU tensors", "CUDA tensors", title="ops", title_justify="left")
+    for name, cpu, cuda in op_table():
+        table.add_row(name, cpu, cuda)
+    console.print(table)
+    if not torch.cuda.is_available():
+        console.print(
+            "No CUDA device: everything runs in plain PyTorch on the CPU. The kernels are used as "
+            "soon as a GPU and a CUDA build of torch are there."
+        )
+
+
+def machine() -> dict[str, str]:
+    """Facts about this machine."""
+    facts = {
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+        "memory": _memory(),
+        "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:,.0f} GiB",
+    }
+    if not torch.cuda.is_available():
+        reason = "torch sees no device" if torch.version.cuda else "this torch is built for the CPU"
+        return {**facts, "GPU": f"none ({reason})"}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        facts[f"GPU {index}"] = (
+            f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:,.0f} GiB, "
+            f"{gpu.multi_processor_count} SMs"
+        )
+    return facts
+
+
+def installed_versions() -> dict[str, str]:
+    """Package to version, the optional ones with what they are for."""
+    found = {"ijepa": _version("ijepa")} | {name: _version(name) for name in _PACKAGES}
+    found["CUDA of torch"] = torch.version.cuda or "none"
+    for name, use in _OPTIONAL.items():
+        there = importlib.util.find_spec(name) is not None
+        found[name] = _version(name) if there else f"not installed (only for {use})"
+    return found
+
+
+def op_table() -> list[tuple[str, str, str]]:
+    """(op, where it runs on CPU tensors, where on CUDA tensors)."""
+    rows = []
+    for name in _OPS:
+        op = getattr(masked_vit_kernels, name, None)
+        if op is None:
+            rows.append((name, "not in this build", "not in this build"))
+        elif op.__module__ in _PLAIN_MODULES:
+            rows.append((name, "plain PyTorch", "plain PyTorch, no kernel"))
+        else:
+            rows.append((name, "plain PyTorch", "Triton kernel"))
+    return rows
+
+
+def _two_columns(title: str, facts: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _memory() -> str:
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+    return f"{pages * size / 2**30:,.0f} GiB"
