@@ -1,0 +1,201 @@
+"""The end of a run: the closing table, summary.md, masks.png and curves.png."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from ijepa.checkpoint import versions
+from ijepa.config import Recipe
+from ijepa.evaluate.closing import ProbeRow
+from ijepa.metrics import read_metrics
+from ijepa.progress import format_seconds
+
+PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What there is to tell about a finished run.
+
+    Attributes:
+        folder: of the run.
+        recipe: its settings, lengths in steps.
+        images: number of training images.
+        seconds: time spent, over all parts of a resumed run.
+        skipped_steps: updates left out because something was not finite.
+        unreadable: damaged images met, as "path: reason".
+        task: name of the labels probed; None without labels.
+        chance: accuracy of guessing the most frequent class.
+        probes: rows of the closing table.
+    """
+
+    folder: Path
+    recipe: Recipe
+    images: int
+    seconds: float
+    skipped_steps: int = 0
+    unreadable: Sequence[str] = ()
+    task: str | None = None
+    chance: float | None = None
+    probes: Sequence[ProbeRow] = ()
+
+
+def write_report(report: RunReport, mask_examples: np.ndarray, console: Console | None) -> None:
+    """Write the files into the run's folder and show the table.
+
+    Args:
+        mask_examples: (H, W, 3) uint8.
+        console: None writes the files in silence.
+    """
+    metrics = read_metrics(report.folder)
+    Image.fromarray(mask_examples).save(report.folder / "masks.png")
+    plotted = importlib.util.find_spec("matplotlib") is not None
+    if plotted:
+        from ijepa.visualize.curves import plot_curves
+
+        plot_curves(
+            metrics,
+            report.folder / "curves.png",
+            title=report.folder.name,
+            mask_examples=mask_examples,
+            chance=report.chance,
+        )
+    text = summary_text(report, metrics, plotted)
+    (report.folder / "summary.md").write_text(text, encoding="utf-8")
+    if console is None:
+        return
+    if report.probes:
+        console.print(closing_rich_table(report))
+    if not plotted:
+        console.print(PLOTS_NOTE, highlight=False)
+    files = "summary.md, curves.png" if plotted else "summary.md, masks.png"
+    console.print(
+        f"Results: {report.folder} ({files}, metrics.jsonl, checkpoints)", highlight=False
+    )
+
+
+def closing_rich_table(report: RunReport) -> Table:
+    """The probes as a table for the terminal; the pretrained rows stand out."""
+    table = Table(
+        title=f"Accuracy on unseen images, task {report.task!r} "
+        f"(guessing the commonest class: {100 * report.chance:.1f} %)",
+        title_justify="left",
+    )
+    table.add_column("average-pooled features of")
+    table.add_column("linear probe", justify="right")
+    table.add_column("kNN", justify="right")
+    for row in report.probes:
+        style = "bold green" if row.features.startswith("pretrained") else ""
+        table.add_row(
+            row.features, f"{100 * row.linear:.1f} %", f"{100 * row.knn:.1f} %", style=style
+        )
+    return table
+
+
+def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotted: bool) -> str:
+    """The run in Markdown."""
+    recipe = report.recipe
+    steps, batch = recipe.train.steps, recipe.train.batch_size
+    epochs = steps * batch / report.images
+    parts = [
+        f"# {report.folder.name}",
+        f"{steps:,} steps of {batch} images ({epochs:,.1f} passes over {report.images:,} images) "
+        f"in {format_seconds(report.seconds)}, "
+        f"{steps * batch / max(report.seconds, 1e-9):,.0f} images/s with the panels counted in.",
+    ]
+    if report.probes:
+        parts += [
+            f"## Accuracy on unseen images: {report.task}",
+            _markdown_table(
+                ("average-pooled features of", "linear probe", "kNN"),
+                [
+                    (row.features, f"{100 * row.linear:.1f} %", f"{100 * row.knn:.1f} %")
+                    for row in report.probes
+                ],
+            ),
+            f"Always guessing the commonest class scores {100 * report.chance:.1f} %. The linear "
+            "probe is a logistic regression on standardised features; kNN votes among 20 "
+            "neighbours by cosine.",
+        ]
+    parts += _panel_section(metrics)
+    if plotted:
+        parts += ["## Curves", "![curves](curves.png)"]
+    else:
+        parts += ["## Masks", "![masks](masks.png)", PLOTS_NOTE + "."]
+    parts += _incidents(report)
+    parts += [
+        "## Settings",
+        f"`{recipe.name}`: all settings are in `checkpoints/*/checkpoint.json`.",
+        _markdown_table(("setting", "value"), _main_settings(recipe)),
+        "Versions: " + ", ".join(f"{name} {value}" for name, value in versions().items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    panels = [line for line in metrics if "effective_rank" in line]
+    losses = [line for line in metrics if "loss" in line]
+    if not panels or not losses:
+        return []
+    first, last = panels[0], panels[-1]
+    rows = [
+        (title, f"{first[name]:.3f}", f"{last[name]:.3f}")
+        for name, title in (
+            ("effective_rank", "effective rank (RankMe)"),
+            ("feature_std", "std over images, mean of the dimensions"),
+            ("lowest_std", "std over images, lowest dimension"),
+            ("cosine", "mean cosine between images"),
+            ("knn", "online kNN accuracy"),
+        )
+        if name in first and name in last
+    ]
+    return [
+        "## Target features",
+        _markdown_table(("", f"step {first['step']}", f"step {last['step']}"), rows),
+        f"Loss at the end {losses[-1]['loss']:.4f}. It is a proxy: it falls while targets are easy "
+        "and rises again when they begin to carry content. A collapse shows here instead: "
+        "effective rank towards 1, std towards 0, cosine towards 1.",
+    ]
+
+
+def _incidents(report: RunReport) -> list[str]:
+    notes = []
+    if report.skipped_steps:
+        notes.append(f"{report.skipped_steps} updates were skipped (non-finite loss or gradients).")
+    if report.unreadable:
+        listing = "\n".join(f"- {name}" for name in report.unreadable)
+        notes.append(f"Images that could not be read and were replaced:\n\n{listing}")
+    return ["## Incidents", *notes] if notes else []
+
+
+def _main_settings(recipe: Recipe) -> list[tuple[str, str]]:
+    model, schedule = recipe.model, recipe.schedule
+    return [
+        ("images", f"{model.image_size[0]}x{model.image_size[1]}, patches of {model.patch_size}"),
+        ("encoder", f"{model.width} wide, {model.depth} deep, {model.heads} heads"),
+        (
+            "predictor",
+            f"{model.predictor_width} wide, {model.predictor_depth} deep, "
+            f"{model.predictor_heads} heads",
+        ),
+        ("masks", f"{recipe.masks.strategy}, {recipe.masks.batching}"),
+        ("loss", model.loss),
+        ("learning rate", f"{schedule.peak_lr:g} after {schedule.warmup_steps} steps of warm-up"),
+        ("weight decay", f"{schedule.weight_decay:g} to {schedule.final_weight_decay:g}"),
+        ("momentum", f"{schedule.momentum:g} to {schedule.final_momentum:g}"),
+        ("seed", str(recipe.train.seed)),
+    ]
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
