@@ -1,0 +1,149 @@
+"""I-JEPA: context encoder, predictor and target encoder, and the loss between them.
+
+The predictor is applied once a target block (paper section 3, Prediction): sequence b * M + m
+holds image b's context and block m's mask tokens, all sequences end to end in one tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from masked_vit_kernels import assemble_predictor_tokens, gather_tokens, latent_prediction_loss
+from masked_vit_kernels.reference import extract_patches, normalize_images
+from torch import Tensor, nn
+
+from ijepa.config import ModelConfig
+from ijepa.mask_batch import MaskBatch
+from ijepa.positions import sincos_positions
+from ijepa.vit import (
+    INIT_STD,
+    LAYER_NORM_EPS,
+    Encoder,
+    KeptRows,
+    initialize,
+    make_blocks,
+    run_blocks,
+)
+
+
+class Predictor(nn.Module):
+    """A narrow ViT from context features and target positions to target features."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.predictor_width
+        self.prune = config.prune_predictor
+        self.activation_checkpointing = config.activation_checkpointing
+        self.predictor_embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.predictor_pos_embed = nn.Parameter(
+            sincos_positions(width, config.grid), requires_grad=False
+        )
+        self.predictor_blocks = make_blocks(
+            width, config.predictor_depth, config.predictor_heads, config.mlp_ratio
+        )
+        self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.predictor_proj = nn.Linear(width, config.target_width)
+        initialize(self, self.predictor_blocks, config.rescale_init)
+        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+
+    def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
+        """Context features (Tc, D) -> predictions (Tt, target width) in `masks.targets`' order."""
+        x = assemble_predictor_tokens(
+            self.predictor_embed(context),
+            self.mask_token,
+            self.predictor_pos_embed,
+            masks.context,
+            masks.targets,
+            masks.predictor_packing,
+        )  # (Tp, P)
+        target_rows = masks.predictor_target_rows
+        x = run_blocks(
+            self.predictor_blocks,
+            x,
+            masks.predictor_packing,
+            kept=KeptRows(target_rows, masks.target_packing) if self.prune else None,
+            activation_checkpointing=self.activation_checkpointing,
+        )
+        if not self.prune:
+            x = gather_tokens(x, target_rows)
+        return self.predictor_proj(self.predictor_norm(x))  # (Tt, target width)
+
+
+class IJEPA(nn.Module):
+    """The three networks. `model(images, masks)` is the training loss.
+
+    The target encoder starts as a copy of the context encoder, receives no gradients and is moved
+    by the optimiser's exponential average.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.context_encoder = Encoder(config)
+        self.predictor = Predictor(config)
+        self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+
+    def forward(
+        self, images: Tensor, masks: MaskBatch, denominator: Tensor | None = None
+    ) -> Tensor:
+        """The scalar loss of one batch.
+
+        Args:
+            images: (B, C, Hi, Wi) of the configured size, uint8 or normalised floats.
+            masks: of B images on the configured grid.
+            denominator: 0-d count the summed distance is divided by, where this batch is one
+                part of a step; default: this batch's `count_elements`.
+
+        Raises:
+            ValueError: images or masks of another size than the model's.
+        """
+        self._check(images, masks)
+        features, rows = self.targets(images, masks)
+        return latent_prediction_loss(
+            self.predict(images, masks),
+            features,
+            rows,
+            kind=self.config.loss,
+            denominator=denominator,
+        )
+
+    def predict(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        """Predictions (Tt, target width) of the target patches, in `masks.targets`' order."""
+        context = self.context_encoder(images, masks.context, masks.context_packing)
+        return self.predictor(context, masks)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:
+        """What is to be predicted, before its LayerNorm: features (B, N, D) or (R, D), rows (Tt,).
+
+        `rows` index the flattened features, one for each entry of `masks.targets`, -1 on padding.
+        """
+        if self.config.target == "pixels":
+            return self._pixels(images), masks.target_rows
+        if self.config.target_masking == "input":
+            features = self.target_encoder(images, masks.targets, masks.target_packing)
+            rows = torch.arange(masks.targets.shape[0], device=masks.targets.device)
+            return features, rows.masked_fill(masks.targets < 0, -1)
+        if self.config.prune_target:
+            union = KeptRows(masks.target_union, masks.target_union_packing)
+            return self.target_encoder(images, kept=union), masks.target_rows_in_union
+        return self.target_encoder(images), masks.target_rows
+
+    def count_elements(self, masks: MaskBatch) -> Tensor:
+        """Elements the loss of these masks averages over, 0-d int64 on their device."""
+        return (masks.targets >= 0).sum() * self.config.target_width
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """(B, N, C * ph * pw) patches of normalised pixels."""
+        if images.dtype == torch.uint8:
+            images = normalize_images(images, self.config.image_mean, self.config.image_std)
+        return extract_patches(images, self.config.patch_size)
+
+    def _check(self, images: Tensor, masks: MaskBatch) -> None:
+        expected = (masks.batch_size, self.config.channels, *self.config.image_size)
+        if tuple(images.shape) != expected:
+            raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
+        if tuple(masks.grid) != self.config.grid:
+            raise ValueError(f"masks of grid {masks.grid}, but the model's is {self.config.grid}")

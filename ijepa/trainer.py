@@ -1,0 +1,144 @@
+"""One training step: losses of the micro-batches, gradients, and the update.
+
+The step never waits for the device: what it returns are 0-d tensors, to be read one step late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ijepa.config import OptimConfig, ScheduleConfig
+from ijepa.distributed import sum_gradients, sum_over_ranks
+from ijepa.mask_batch import MaskBatch
+from ijepa.model import IJEPA
+from ijepa.optim import Updater
+from ijepa.schedules import schedule_at
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: 0-d float32, mean over all elements of the step.
+        grad_norm: 0-d float32, before clipping.
+        skipped: 0-d bool, the update was left out because loss or gradients were not finite.
+        consecutive_skips: 0-d int64, steps skipped in a row up to and including this one.
+        lr, weight_decay, momentum: used at this step.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    consecutive_skips: Tensor
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+class Trainer:
+    """Trains a model step by step, on every rank alike where there are several.
+
+    Args:
+        schedule_config: with its lengths in steps.
+        precision: "fp32", or "bf16" for autocast of the forward pass.
+
+    Attributes:
+        step_index: steps taken, skipped ones included; the schedules follow it.
+        total_skips, consecutive_skips: 0-d int64 tensors on the model's device. Each step makes
+            new ones, so that a reference taken at a step keeps that step's value.
+    """
+
+    def __init__(
+        self,
+        model: IJEPA,
+        optim_config: OptimConfig,
+        schedule_config: ScheduleConfig,
+        *,
+        precision: str = "fp32",
+    ):
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        if schedule_config.total_steps is None or schedule_config.warmup_epochs is not None:
+            raise ValueError(
+                "the schedule's lengths must be known in steps: give total_steps and warmup_steps,"
+                " or take the recipe's `in_steps`"
+            )
+        self.model = model
+        self.schedule = schedule_config
+        self.autocast = precision == "bf16"
+        self.updater = Updater(model, optim_config)
+        self.step_index = 0
+        device = next(model.parameters()).device
+        self.total_skips = torch.zeros((), dtype=torch.int64, device=device)
+        self.consecutive_skips = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(
+        self, images: Tensor | Sequence[Tensor], masks: MaskBatch | Sequence[MaskBatch]
+    ) -> StepResult:
+        """One optimiser step.
+
+        Args:
+            images: (B, C, Hi, Wi), or one such tensor for each micro-batch.
+            masks: theirs. However a batch is cut into micro-batches, every predicted element
+                weighs the same.
+
+        Raises:
+            ValueError: not as many image tensors as masks.
+        """
+        image_parts = [images] if isinstance(images, Tensor) else list(images)
+        mask_parts = [masks] if isinstance(masks, MaskBatch) else list(masks)
+        if len(image_parts) != len(mask_parts) or not image_parts:
+            raise ValueError(
+                f"a step needs as many image tensors as masks, at least one,"
+                f" got {len(image_parts)} and {len(mask_parts)}"
+            )
+        values = schedule_at(self.schedule, self.step_index)
+        self.updater.zero_grad()
+        loss = self._accumulate(image_parts, mask_parts)
+        grad_norm, skipped = self.updater.update(loss, values)
+        self.step_index += 1
+        self.total_skips = self.total_skips + skipped
+        self.consecutive_skips = (self.consecutive_skips + 1) * skipped
+        return StepResult(loss, grad_norm, skipped, self.consecutive_skips, *values)
+
+    def _accumulate(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
+        """Gradients of the mean over the step's elements, on all ranks; returns that mean, 0-d."""
+        counts = torch.stack([self.model.count_elements(part) for part in masks])
+        denominator = sum_over_ranks(counts.sum()).clamp(min=1)
+        total = torch.zeros((), device=denominator.device)
+        for part, part_masks in zip(images, masks, strict=True):
+            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = self.model(part, part_masks, denominator)
+            loss.backward()
+            total = total + loss.detach()
+        sum_gradients(self.model.parameters())
+        return sum_over_ranks(total)
+
+    def state_dict(self) -> dict:
+        """Optimiser state, step and counters; the model's weights are not in it."""
+        return {
+            "optimizer": self.updater.state_dict(),
+            "step_index": self.step_index,
+            "total_skips": self.total_skips.clone(),
+            "consecutive_skips": self.consecutive_skips.clone(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: entries are missing or unknown.
+        """
+        expected = {"optimizer", "step_index", "total_skips", "consecutive_skips"}
+        if set(state) != expected:
+            raise ValueError(f"trainer state must hold {sorted(expected)}, got {sorted(state)}")
+        self.updater.load_state_dict(state["optimizer"])
+        self.step_index = int(state["step_index"])
+        device = self.total_skips.device
+        self.total_skips = state["total_skips"].to(device)
+        self.consecutive_skips = state["consecutive_skips"].to(device)
