@@ -1,0 +1,122 @@
+"""Released checkpoints: what is read off the tensors, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa import IJEPA, VIT_SIZES, ModelConfig, load_official
+
+RELEASED = Path(__file__).parent / "data" / "tiny_a.pth.tar"
+
+
+@pytest.fixture
+def checkpoint():
+    return torch.load(RELEASED, weights_only=True)
+
+
+def saved(checkpoint, folder):
+    path = folder / "changed.pth.tar"
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_sizes_are_read_off_the_tensors(checkpoint):
+    model = load_official(RELEASED, num_heads=4)
+    config = model.config
+    assert config.image_size == (64, 64) and config.patch_size == (8, 8) and config.channels == 3
+    assert (config.width, config.depth, config.heads, config.mlp_ratio) == (64, 3, 4, 4.0)
+    assert (config.predictor_width, config.predictor_depth, config.predictor_heads) == (32, 2, 4)
+    ours = {"encoder": "context_encoder", "predictor": "predictor"}
+    for name in ("encoder", "predictor", "target_encoder"):
+        network = model.get_submodule(ours.get(name, name))
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, checkpoint[name][f"module.{key}"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name in frozen if not name.startswith("target_encoder")} == {
+        "context_encoder.pos_embed",
+        "predictor.predictor_pos_embed",
+    }
+
+
+def test_heads_follow_from_a_known_width_only(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="no ViT of width 64 is known, give num_heads"):
+        load_official(RELEASED)
+    with pytest.raises(ValueError, match="encoder width 64 has no 7 heads"):
+        load_official(RELEASED, num_heads=7)
+    sizes = VIT_SIZES["T"] | {"depth": 1}
+    config = ModelConfig(image_size=(32, 32), predictor_depth=1, predictor_heads=3, **sizes)
+    model = IJEPA(config)
+    networks = {
+        "encoder": model.context_encoder,
+        "predictor": model.predictor,
+        "target_encoder": model.target_encoder,
+    }
+    states = {name: network.state_dict() for name, network in networks.items()}
+    assert load_official(saved(states, tmp_path)).config == config  # without `module.` too
+
+
+def test_every_mismatch_is_named(checkpoint, tmp_path):
+    del checkpoint["encoder"]["module.blocks.1.norm1.bias"]
+    checkpoint["predictor"]["module.extra"] = torch.zeros(2)
+    checkpoint["target_encoder"]["module.norm.weight"] = torch.zeros(63)
+    with pytest.raises(ValueError) as error:
+        load_official(saved(checkpoint, tmp_path), num_heads=4)
+    text = str(error.value)
+    assert "encoder.blocks.1.norm1.bias is missing" in text
+    assert "predictor.extra is unknown" in text
+    assert "target_encoder.norm.weight must have shape (64,), got (63,)" in text
+
+
+def test_a_network_is_missing(checkpoint, tmp_path):
+    del checkpoint["target_encoder"]
+    with pytest.raises(ValueError, match=r"lacks target_encoder .it holds encoder, predictor"):
+        load_official(saved(checkpoint, tmp_path), num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [
+        ("encoder", "patch_embed.proj.weight"),
+        ("encoder", "pos_embed"),
+        ("predictor", "predictor_embed.weight"),
+    ],
+)
+def test_a_tensor_that_tells_the_sizes_is_missing(checkpoint, tmp_path, network, name):
+    del checkpoint[network][f"module.{name}"]
+    with pytest.raises(ValueError, match=f"{network}.{name} with . dimensions is missing"):
+        load_official(saved(checkpoint, tmp_path), num_heads=4)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    whole = RELEASED.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 100):
+        path = tmp_path / f"cut-{length}.pth.tar"
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"cut-{length}.pth.tar is damaged or no PyTorch"):
+            load_official(path, num_heads=4)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0 not a checkpoint" * 9)
+    with pytest.raises(ValueError, match=r"photo.jpg is damaged or no PyTorch"):
+        load_official(path)
+    with pytest.raises(ValueError, match="is no released I-JEPA checkpoint: it holds a list"):
+        load_official(saved([1, 2], tmp_path))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_official(tmp_path / "none.pth.tar")
+
+
+class Payload:
+    """Unpickled by anything but `weights_only=True`, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(checkpoint, tmp_path):
+    trace = tmp_path / "ran"
+    with pytest.raises(ValueError, match="is damaged or no PyTorch"):
+        load_official(saved(checkpoint | {"opt": Payload(trace)}, tmp_path), num_heads=4)
+    assert not trace.exists()
