@@ -1,0 +1,107 @@
+"""Any folder of images as a source: flat or nested, labelled or not."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ijepa.data.decode import MAX_PIXELS
+from ijepa.data.sources import FileSource
+
+EXTENSIONS = frozenset(
+    f".{name}"
+    for name in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "avif", "jp2", "tga"),
+    )
+)
+
+
+def folder_source(
+    path: str | os.PathLike,
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    cache_bytes: int = 256 << 20,
+) -> FileSource:
+    """Every image below `path`, sorted by relative path.
+
+    If all images lie in two or more folders below `path`, each first-level folder is a class of
+    the task "class". Otherwise there are no labels. Hidden files and folders are skipped, links
+    are followed.
+
+    Raises:
+        ValueError: no such folder, or no image in it; the message says what to try.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise ValueError(_not_a_folder(root))
+    paths, others = _scan(root)
+    if not paths:
+        raise ValueError(_no_images(root, others))
+    labels, class_names = _labels_from_folders(paths)
+    return FileSource(
+        root,
+        paths,
+        labels,
+        class_names,
+        channels=channels,
+        max_pixels=max_pixels,
+        cache_bytes=cache_bytes,
+    )
+
+
+def _scan(root: Path) -> tuple[list[str], Counter]:
+    """Sorted relative paths of the images, and how many other files had which extension."""
+    paths: list[str] = []
+    others: Counter = Counter()
+    visited: set[str] = set()  # real paths: a link to a parent folder must not loop
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        # In order, so that of two links to one folder it is always the same that counts.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        prefix = os.path.relpath(folder, root)
+        for name in files:
+            if name.startswith("."):
+                continue
+            extension = os.path.splitext(name)[1].lower()
+            if extension in EXTENSIONS:
+                paths.append(name if prefix == "." else os.path.join(prefix, name))
+            else:
+                others[extension or "no extension"] += 1
+    paths.sort()
+    return paths, others
+
+
+def _labels_from_folders(paths: list[str]) -> tuple[dict, dict]:
+    first = [path.split(os.sep, 1)[0] if os.sep in path else None for path in paths]
+    names = sorted({name for name in first if name is not None})
+    if None in first or len(names) < 2:
+        return {}, {}
+    number = {name: position for position, name in enumerate(names)}
+    return {"class": np.array([number[name] for name in first])}, {"class": names}
+
+
+def _not_a_folder(root: Path) -> str:
+    if root.is_file():
+        return f"{root} is a file: give the folder that holds the images (unpack an archive first)"
+    parent = next((folder for folder in root.absolute().parents if folder.is_dir()), Path("/"))
+    return f"no folder {root}: the nearest one that exists is {parent}"
+
+
+def _no_images(root: Path, others: Counter) -> str:
+    known = " ".join(sorted(EXTENSIONS))
+    if not others:
+        return f"{root} holds no files: check the path, or that the disk is mounted"
+    seen = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
+    return (
+        f"no images in {root} or its subfolders, only other files ({seen}): "
+        f"unpack archives or convert the images to one of {known}"
+    )

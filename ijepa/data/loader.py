@@ -1,0 +1,223 @@
+"""Training batches as a pure function of the step.
+
+Step s belongs to epoch s // steps_per_epoch; the epoch's order of images is a permutation keyed by
+(seed, epoch); every crop and every mask is keyed by (seed, epoch, image number). Nothing depends
+on which worker builds a batch, on how many workers or ranks there are, or on whether the run was
+resumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import resource
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor
+
+from ijepa.counter_rng import derive_keys, random_bits
+from ijepa.data.augment import Transform
+from ijepa.data.batch import batch_labels, load_batch
+from ijepa.data.sources import ImageSource
+
+_ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
+_PREFETCHED = 2  # batches a worker prepares ahead
+_TENSORS_PER_BATCH = 32  # upper bound, for the limit of open files
+_logger = logging.getLogger(__name__)
+
+
+class MaskSampler(Protocol):
+    """(B,) uint64 keys -> the B masks of a batch (an `ijepa.MaskBatch`)."""
+
+    def __call__(self, *, keys: np.ndarray) -> Any: ...
+
+
+class TrainingBatch(NamedTuple):
+    """What one rank sees in one step: (step, images, masks, labels).
+
+    Attributes:
+        step: number of the step, from 0.
+        images: (B, C, H, W) uint8.
+        masks: the mask sampler's MaskBatch.
+        labels: task -> (B,) int64; empty for a source without labels.
+    """
+
+    step: int
+    images: Tensor
+    masks: Any
+    labels: dict[str, Tensor]
+
+
+@dataclass
+class UnreadableImages:
+    """The images met so far that could not be read.
+
+    Attributes:
+        count: distinct images.
+        names: "path: reason" of the first few.
+    """
+
+    max_names: int = 20
+    names: list[str] = field(default_factory=list)
+    _seen: set[int] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        return len(self._seen)
+
+    def add(self, source: ImageSource, found: dict[int, str]) -> None:
+        """Count what one batch met; name and log it while there is room."""
+        for index, reason in found.items():
+            if index in self._seen:
+                continue
+            self._seen.add(index)
+            if len(self.names) < self.max_names:
+                self.names.append(f"{source.name(index)}: {reason}")
+                _logger.warning("unreadable image replaced: %s", self.names[-1])
+
+
+def build_loader(
+    source: ImageSource,
+    mask_sampler: MaskSampler,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    end_step: int | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    pin_memory: bool = False,
+) -> Loader:
+    """A loader of `TrainingBatch`es for steps `start_step` to `end_step - 1` (None: without end).
+
+    Args:
+        batch_size: images a rank and micro-batch; rank r takes the r-th part of the global batch.
+        accumulate: micro-batches a step, one `TrainingBatch` each, all with the step's number.
+        num_workers: processes that decode and draw masks; 0 does it in this process.
+        pin_memory: hand out page-locked memory, for asynchronous copies to a GPU.
+
+    Raises:
+        ValueError: fewer images than a global batch, or a rank outside the world.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    if min(batch_size, accumulate) < 1 or num_workers < 0 or start_step < 0:
+        raise ValueError(
+            "batch_size and accumulate must be at least 1, num_workers and start_step at least 0, "
+            f"got {batch_size}, {accumulate}, {num_workers}, {start_step}"
+        )
+    shares = world_size * accumulate
+    if len(source) < batch_size * shares:
+        raise ValueError(
+            f"the data set has {len(source)} images, fewer than one batch of {batch_size} on each "
+            f"of {world_size} ranks, {accumulate} times a step: lower batch_size to at most "
+            f"{len(source) // shares}"
+        )
+    steps = _StepDataset(
+        source, mask_sampler, transform, batch_size, seed, rank, world_size, accumulate
+    )
+    return Loader(steps, start_step, end_step, num_workers, pin_memory)
+
+
+class Loader:
+    """Iterates over the steps of a run; every `iter` starts at the first step again.
+
+    Attributes:
+        steps_per_epoch: whole global batches in the data set; the rest sits the epoch out.
+        unreadable: the damaged images met so far.
+    """
+
+    def __init__(self, steps, start_step, end_step, num_workers, pin_memory):
+        self._steps = steps
+        self._start_step, self._end_step = start_step, end_step
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self.steps_per_epoch = steps.steps_per_epoch
+        self.unreadable = UnreadableImages()
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        for batch, unreadable in self._data_loader():
+            self.unreadable.add(self._steps.source, unreadable)
+            yield batch
+
+    def _data_loader(self) -> torch.utils.data.DataLoader:
+        accumulate = self._steps.accumulate
+        steps = itertools.count(self._start_step * accumulate)
+        if self._end_step is not None:
+            steps = range(self._start_step * accumulate, self._end_step * accumulate)
+        workers = self._num_workers
+        if workers:
+            _allow_open_files(workers * (_PREFETCHED + 1) * _TENSORS_PER_BATCH)
+        return torch.utils.data.DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            prefetch_factor=_PREFETCHED if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=self._pin_memory,
+            # Without one of its own the DataLoader draws from, and so changes, the global state.
+            generator=torch.Generator(),
+        )
+
+
+class _StepDataset(torch.utils.data.Dataset):
+    """Item s * accumulate + a is micro-batch a of step s."""
+
+    def __init__(
+        self, source, mask_sampler, transform, batch_size, seed, rank, world_size, accumulate
+    ):
+        self.source = source
+        self.mask_sampler = mask_sampler
+        self.transform = transform
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.accumulate = accumulate
+        self.global_batch = batch_size * world_size * accumulate
+        self.steps_per_epoch = len(source) // self.global_batch
+        self._order: tuple[int, np.ndarray] | None = None  # the last epoch's
+
+    def __getitem__(self, item: int) -> tuple[TrainingBatch, dict[int, str]]:
+        step, part = divmod(item, self.accumulate)
+        epoch, position = divmod(step, self.steps_per_epoch)
+        share = self.rank * self.accumulate + part
+        start = position * self.global_batch + share * self.batch_size
+        indices = self._epoch_order(epoch)[start : start + self.batch_size]
+        crop_keys = derive_keys(self.seed, _CROP_STREAM, epoch, indices)
+        batch = load_batch(self.source, indices, self.transform, crop_keys)
+        masks = self.mask_sampler(keys=derive_keys(self.seed, _MASK_STREAM, epoch, indices))
+        labels = batch_labels(self.source, batch)
+        return TrainingBatch(step, batch.images, masks, labels), batch.unreadable
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """(n,) int64 permutation of the images."""
+        if self._order is None or self._order[0] != epoch:
+            key = derive_keys(self.seed, _ORDER_STREAM, epoch)
+            draws = random_bits(key[None], len(self.source))[0]
+            self._order = epoch, np.argsort(draws, kind="stable")
+        return self._order[1]
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker, and no say in how the run ends: the main process sees to that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _allow_open_files(needed: int) -> None:
+    """Raise this process's soft limit: every tensor on its way from a worker is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needed + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

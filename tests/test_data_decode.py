@@ -1,0 +1,175 @@
+"""Decoding: every kind of file comes out upright, in uint8, with the channels asked for."""
+
+import importlib.util
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from ijepa.data.decode import EncodedImage, ImageError
+
+PHOTOS = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images"
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """A real photograph, 160 x 107."""
+    return Image.open(PHOTOS / "china.jpg").convert("RGB").resize((160, 107))
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_agree_with_pillow(name, channels):
+    data = (PHOTOS / name).read_bytes()
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L"))
+    image = EncodedImage(data, channels)
+    pixels = image.decode()
+    assert pixels.shape == (427, 640, channels) == (image.height, image.width, channels)
+    assert pixels.dtype == np.uint8
+    difference = np.abs(pixels.squeeze().astype(int) - expected)
+    assert difference.mean() < 0.5 and difference.max() < 40
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG"])
+def test_formats(photo, kind):
+    data = encode(photo, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    pixels = EncodedImage(data).decode()
+    assert np.abs(pixels - expected).mean() < 0.5
+
+
+def test_reduced_jpeg_is_the_smaller_photograph():
+    data = (PHOTOS / "china.jpg").read_bytes()
+    small = EncodedImage(data).decode(reduce=4)
+    assert small.shape == (107, 160, 3)
+    expected = np.asarray(Image.open(io.BytesIO(data)).reduce(4)).astype(int)
+    assert np.abs(small - expected).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation(photo, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo, kind, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int)
+    image = EncodedImage(data)
+    assert (image.height, image.width) == upright.shape[:2]
+    assert upright.shape[:2] == ((160, 107) if orientation >= 5 else (107, 160))
+    pixels = image.decode()
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels - upright).mean() < 0.5
+    if kind == "JPEG":
+        height, width = upright.shape[:2]
+        assert image.decode(reduce=2).shape == (-(-height // 2), -(-width // 2), 3)
+
+
+def test_grayscale_jpeg(photo):
+    gray = encode(photo.convert("L"), "JPEG", quality=95)
+    color = EncodedImage(gray, 3).decode()
+    assert color.shape == (107, 160, 3)
+    assert (color[..., 0] == color[..., 1]).all() and (color[..., 0] == color[..., 2]).all()
+    np.testing.assert_array_equal(EncodedImage(gray, 1).decode()[..., 0], color[..., 0])
+
+
+def test_cmyk_jpeg_has_the_right_colours():
+    red = Image.new("RGB", (32, 32), (250, 10, 20)).convert("CMYK")
+    pixels = EncodedImage(encode(red, "JPEG")).decode()
+    assert pixels.shape == (32, 32, 3)
+    assert np.abs(pixels.astype(int) - (250, 10, 20)).max() < 12
+    assert EncodedImage(encode(red, "TIFF"), 1).decode().shape == (32, 32, 1)
+
+
+def test_palette_and_bilevel(photo):
+    palette = photo.quantize(64)
+    expected = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(EncodedImage(encode(palette, "PNG")).decode(), expected)
+    bilevel = photo.convert("1")
+    expected = np.asarray(bilevel.convert("RGB"))
+    np.testing.assert_array_equal(EncodedImage(encode(bilevel, "PNG")).decode(), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_shows_white(mode):
+    image = Image.new("RGBA", (8, 8), (100, 100, 100, 255))
+    image.paste((100, 100, 100, 0), (0, 0, 8, 4))
+    if mode == "P":
+        image = image.convert("P")
+        data = encode(image, "PNG", transparency=bytes([0] + [255] * 255))
+        index = np.asarray(image) == 0
+        pixels = EncodedImage(data).decode()
+        assert (pixels[index] == 255).all()
+        return
+    pixels = EncodedImage(encode(image.convert(mode), "PNG")).decode()
+    assert (pixels[:4] == 255).all() and (pixels[4:] == 100).all()
+
+
+def test_sixteen_bits_keep_their_range():
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for kind in ("PNG", "TIFF"):
+        pixels = EncodedImage(encode(Image.fromarray(values), kind)).decode()
+        assert pixels.shape == (64, 64, 3)
+        np.testing.assert_array_equal(pixels[..., 0], np.rint(values / 257).astype(np.uint8))
+    floats = (values / 65535).astype(np.float32)
+    pixels = EncodedImage(encode(Image.fromarray(floats), "TIFF"), 1).decode()
+    np.testing.assert_allclose(pixels[..., 0], floats * 255, atol=0.51)
+
+
+def test_stray_bytes_are_forgiven(photo):
+    """libjpeg-turbo's strict mode refuses bytes between segments; such files are common."""
+    data = encode(photo, "JPEG")
+    table = data.index(b"\xff\xdb")
+    stray = data[:table] + b"\x00\x00" + data[table:]
+    assert EncodedImage(stray).decode().shape == (107, 160, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9])
+def test_truncated_files_raise_image_error(photo, kind, keep):
+    data = encode(photo, kind)
+    with pytest.raises(ImageError):
+        EncodedImage(data[: int(len(data) * keep)]).decode()
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(64)])
+def test_rubbish_raises_image_error(data):
+    with pytest.raises(ImageError):
+        EncodedImage(data).decode()
+
+
+def test_flipped_bytes_never_crash(photo):
+    rng = np.random.default_rng()
+    for kind in ("JPEG", "PNG"):
+        data = np.frombuffer(encode(photo, kind), dtype=np.uint8)
+        for _ in range(60):
+            damaged = data.copy()
+            damaged[rng.integers(len(data), size=4)] = rng.integers(256, size=4)
+            try:
+                pixels = EncodedImage(damaged.tobytes(), max_pixels=10**6).decode()
+            except ImageError:
+                continue
+            assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+
+
+def test_bombs_are_refused_before_memory_is_taken(photo):
+    with pytest.raises(ImageError, match="160x107 pixels, more than the limit of 17119"):
+        EncodedImage(encode(photo, "JPEG"), max_pixels=160 * 107 - 1)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+    with pytest.raises(ImageError):
+        EncodedImage(bomb)
