@@ -1,7 +1,7 @@
 """The CPU path: each op as a few vectorised PyTorch calls, tested against `reference.py`.
 
-Everything but attention is plain PyTorch, so that Inductor can trace and fuse it. Under
-torch.compile the range checks are left out: they would have to read ids back.
+Attention is `cpu_attention.py`'s; all else is plain PyTorch, so that Inductor can trace and fuse
+it. Under torch.compile the range checks are left out: they would have to read ids back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masked_vit_kernels import reference
+from masked_vit_kernels.cpu_attention import (
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
 from masked_vit_kernels.packing import Packing, PredictorPacking
+
+__all__ = [
+    "assemble_predictor_tokens",
+    "embed_visible_patches",
+    "gather_tokens",
+    "latent_prediction_loss",
+    "scatter_tokens",
+    "varlen_attention",
+    "varlen_attention_kvpacked",
+    "varlen_attention_qkvpacked",
+]
 
 
 def _check_ids(ids: Tensor, count: int, name: str) -> None:
@@ -133,65 +149,6 @@ def _normalize_patches(
     shape = patches.shape
     as_images = patches.reshape(-1, channels, 1, shape[-1] // channels)
     return reference.normalize_images(as_images, mean, std).view(shape)
-
-
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    packing_q: Packing | None = None,
-    packing_k: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `masked_vit_kernels.attention.varlen_attention`."""
-    out, lse = reference.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale
-    )
-    return (out, lse.float().detach()) if return_lse else out
-
-
-def varlen_attention_qkvpacked(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    packing: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `masked_vit_kernels.attention.varlen_attention_qkvpacked`."""
-    q, k, v = qkv.unbind(1)
-    return varlen_attention(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        softmax_scale=softmax_scale, return_lse=return_lse,
-    )  # fmt: skip
-
-
-def varlen_attention_kvpacked(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    packing_q: Packing | None = None,
-    packing_k: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `masked_vit_kernels.attention.varlen_attention_kvpacked`."""
-    k, v = kv.unbind(1)
-    return varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        softmax_scale=softmax_scale, return_lse=return_lse,
-    )  # fmt: skip
 
 
 def assemble_predictor_tokens(

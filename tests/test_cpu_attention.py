@@ -1,0 +1,154 @@
+"""The bucketed CPU attention against the float64 reference: outputs, log-sum-exp, gradients."""
+
+import numpy as np
+import pytest
+import torch
+from masked_vit_kernels import cpu_attention, reference
+
+# Error allowed against float64, in units of the largest value: a few roundings of each dtype.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
+LENGTHS = [0, 1, 15, 63, 64, 65, 5, 5, 6, 31, 0, 2]
+KEY_LENGTHS = [7, 1, 0, 64, 20, 65, 5, 9, 3, 33, 0, 1]
+
+
+def cu(lengths):
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
+
+
+def padded(rows, heads, head_dim, dtype, padding=5, poison=float("nan")):
+    """Random (rows + padding, heads, head_dim) whose padding holds NaN."""
+    x = torch.randn(rows + padding, heads, head_dim, dtype=torch.float64).to(dtype)
+    x[rows:] = poison
+    return x
+
+
+def oracle(q, k, v, grad, cu_q, cu_k, **settings):
+    """Float64 outputs and gradients; padding is cleaned first, as nobody may read it."""
+    q, k, v = (x.detach().double().nan_to_num().requires_grad_() for x in (q, k, v))
+    out, lse = reference.varlen_attention(q, k, v, cu_q, cu_k, **settings)
+    out.backward(grad.double().nan_to_num())
+    return out.detach(), lse.detach(), q.grad, k.grad, v.grad
+
+
+def assert_close(actual, expected, dtype):
+    actual = actual.double()
+    assert actual.shape == expected.shape
+    infinite = expected.isinf()
+    assert torch.equal(actual[infinite], expected[infinite])
+    error = (actual - expected)[~infinite].abs().max().item() if (~infinite).any() else 0.0
+    bound = TOLERANCES[dtype] * (1.0 + expected[~infinite].abs().max().item())
+    assert error <= bound, f"error {error:.2e} over {bound:.2e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 88])
+def test_separate_tensors_match_float64(dtype, head_dim):
+    cu_q, cu_k = cu(LENGTHS), cu(KEY_LENGTHS)
+    q = padded(sum(LENGTHS), 3, head_dim, dtype).requires_grad_()
+    k, v = (padded(sum(KEY_LENGTHS), 3, head_dim, dtype).requires_grad_() for _ in "kv")
+    grad = padded(sum(LENGTHS), 3, head_dim, dtype)
+    out, lse = cpu_attention.varlen_attention(q, k, v, cu_q, cu_k, 65, 65, return_lse=True)
+    out.backward(grad)
+    expected = oracle(q, k, v, grad, cu_q, cu_k)
+    assert_close(lse, expected[1], torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    for actual, wanted in zip((q.grad, k.grad, v.grad), expected[2:], strict=True):
+        assert_close(actual, wanted, dtype)
+    assert_close(out.detach(), expected[0], dtype)
+    assert lse.dtype == torch.float32 and not lse.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_variants_return_one_buffer(dtype):
+    cu_q, cu_k = cu(LENGTHS), cu(KEY_LENGTHS)
+    qkv = torch.stack([padded(sum(LENGTHS), 2, 24, dtype) for _ in range(3)], 1).requires_grad_()
+    grad = padded(sum(LENGTHS), 2, 24, dtype)
+    out = cpu_attention.varlen_attention_qkvpacked(qkv, cu_q, 65, softmax_scale=0.3)
+    out.backward(grad)
+    wanted = oracle(*qkv.unbind(1), grad, cu_q, cu_q, softmax_scale=0.3)
+    assert_close(out.detach(), wanted[0], dtype)
+    assert_close(qkv.grad, torch.stack(wanted[2:], 1), dtype)
+
+    q = qkv.detach()[:, 1].requires_grad_()  # strided
+    kv = torch.stack([padded(sum(KEY_LENGTHS), 2, 24, dtype) for _ in range(2)], 1).requires_grad_()
+    out = cpu_attention.varlen_attention_kvpacked(q, kv, cu_q, cu_k, 65, 65)
+    out.backward(grad)
+    wanted = oracle(q, *kv.unbind(1), grad, cu_q, cu_k)
+    assert_close(out.detach(), wanted[0], dtype)
+    assert_close(q.grad, wanted[2], dtype)
+    assert_close(kv.grad, torch.stack(wanted[3:], 1), dtype)
+
+
+def test_packed_gradient_is_one_buffer_and_views_are_read_in_place():
+    qkv = torch.randn(40, 3, 2, 16)
+    _, stride = cpu_attention._head_rows(qkv[:, 1])
+    assert stride == 6
+    transposed = torch.randn(2, 40, 16).transpose(0, 1)
+    rows, stride = cpu_attention._head_rows(transposed)  # heads apart: copied
+    assert stride == 2 and torch.equal(rows.view(40, 2, 16), transposed)
+
+
+def test_random_lengths_in_float64():
+    """Fresh lengths each run, many buckets; the seed is in the message on failure."""
+    seed = int(np.random.SeedSequence().entropy % 2**32)
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    lengths = rng.integers(0, 90, 40)
+    qkv = torch.randn(int(lengths.sum()), 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(int(lengths.sum()), 2, 8, dtype=torch.float64)
+    out = cpu_attention.varlen_attention_qkvpacked(qkv, cu(lengths), 90)
+    out.backward(grad)
+    wanted = oracle(*qkv.unbind(1), grad, cu(lengths), cu(lengths))
+    try:
+        assert_close(out.detach(), wanted[0], torch.float64)
+        assert_close(qkv.grad, torch.stack(wanted[2:], 1), torch.float64)
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def test_nothing_but_padding():
+    qkv = torch.full((4, 3, 2, 8), float("nan"), requires_grad=True)
+    out, lse = cpu_attention.varlen_attention_qkvpacked(qkv, cu([0, 0]), 4, return_lse=True)
+    out.sum().backward()
+    assert not out.any() and not qkv.grad.any() and bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("bounds", [[1, 4], [0, 5, 3], [0, 22]], ids=str)
+def test_bad_bounds_are_named(bounds):
+    qkv, bounds = torch.randn(21, 3, 2, 8), torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to at most 21"):
+        cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9)
+
+
+def test_bad_shapes_are_named():
+    q, kv, bounds = torch.randn(9, 2, 8), torch.randn(9, 2, 3, 8), cu([9])
+    with pytest.raises(ValueError, match=r"q must have shape \(Tq, H, Dh\).* \(9, 3, 8\)"):
+        cpu_attention.varlen_attention_kvpacked(q, kv, bounds, bounds, 9, 9)
+    with pytest.raises(ValueError, match="as many sequences, got 1 and 2"):
+        cpu_attention.varlen_attention(q, q, q, bounds, cu([4, 5]), 9, 9)
+
+
+def test_compiles_without_a_graph_break_and_passes_opcheck():
+    bounds = cu([5, 9, 0, 5])
+    qkv = torch.randn(21, 3, 2, 8, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.masked_vit_kernels.cpu_varlen_attention.default, ([qkv], bounds, bounds, 0.3)
+    )
+    attend = torch.compile(
+        lambda x: cpu_attention.varlen_attention_qkvpacked(x, bounds, 9).square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    (compiled,) = torch.autograd.grad(attend(qkv), qkv)
+    (eager,) = torch.autograd.grad(
+        cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9).square().sum(), qkv
+    )
+    assert torch.equal(compiled, eager)
+
+
+def test_autocast_computes_in_its_dtype():
+    bounds = cu([5, 9])
+    qkv = torch.randn(14, 3, 2, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and qkv.grad.dtype == torch.float32
