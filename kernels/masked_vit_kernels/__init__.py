@@ -3,6 +3,7 @@
 Nothing here knows I-JEPA: MAE, data2vec, iBOT, DINOv2 or V-JEPA can import the ops alone.
 """
 
+from masked_vit_kernels.adamw_ema import AdamWEMA
 from masked_vit_kernels.cpu import (
     assemble_predictor_tokens,
     embed_visible_patches,
@@ -13,6 +14,7 @@ from masked_vit_kernels.cpu import (
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
+from masked_vit_kernels.ema import ema_update_
 from masked_vit_kernels.packing import (
     Packing,
     PredictorPacking,
@@ -23,10 +25,12 @@ from masked_vit_kernels.packing import (
 )
 
 __all__ = [
+    "AdamWEMA",
     "Packing",
     "PredictorPacking",
     "assemble_predictor_tokens",
     "choose_capacity",
+    "ema_update_",
     "embed_visible_patches",
     "gather_tokens",
     "latent_prediction_loss",

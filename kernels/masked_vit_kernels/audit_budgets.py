@@ -29,6 +29,13 @@ class Budget:
 BUDGETS: dict[str, Budget] = {
     # One pass over memory, no matrix products: gathers, tokens, losses, optimiser, EMA.
     "streaming": Budget(registers=128),
+    # The same, with a masked branch for the ends of tensors whose accesses may be narrow.
+    "streaming_with_tails": Budget(registers=128, narrow_accesses=None),
+    # Pixels: rows of a patch are as wide as the patch, so the widest access may be under 16 bytes.
+    "pixels": Budget(registers=128, wide_loads=False),
+    # Pixels whose rows start at even bytes only (14 uint8 pixels): 2-byte loads are the widest.
+    "narrow_pixels": Budget(registers=128, wide_loads=False, narrow_accesses=16),
+    "narrow_pixels_matmul": Budget(narrow_accesses=16, tensor_cores=True),
     # Matrix products in half precision that must stay on chip.
     "matmul": Budget(tensor_cores=True),
     # Two-phase attention backward: at most 64 bytes of stack, none of it touched in a loop.

@@ -10,6 +10,7 @@ receive no gradient and count in no mean, whatever they hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -218,3 +219,44 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: 
     for target, source in zip(targets, sources, strict=True):
         updated = momentum * target.double() + (1.0 - momentum) * source.double()
         target.copy_(updated)
+
+
+@torch.no_grad()
+def adamw_ema_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    moments: Sequence[tuple[Tensor, Tensor]],
+    targets: Sequence[Tensor | None],
+    steps: list[int],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.996,
+    max_grad_norm: float | None = None,
+    loss: float = 0.0,
+) -> tuple[float, bool]:
+    """One AdamW step and the moving average of the updated parameters, all in place.
+
+    `steps` are the parameters' step counts. A parameter without gradient is not updated, its
+    target still moves. Returns (gradient norm before clipping, whether the step was skipped).
+    """
+    present = [gradient.double() for gradient in gradients if gradient is not None]
+    norm = float(sum(gradient.square().sum() for gradient in present)) ** 0.5
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        return norm, True
+    clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+    for i, (p, gradient, target) in enumerate(zip(parameters, gradients, targets, strict=True)):
+        if gradient is not None:
+            steps[i] += 1
+            g = clip * gradient.to(p.dtype)
+            m, v = moments[i]
+            m.copy_(betas[0] * m + (1 - betas[0]) * g)
+            v.copy_(betas[1] * v + (1 - betas[1]) * g * g)
+            denominator = (v / (1 - betas[1] ** steps[i])).sqrt() + eps
+            update = m / (1 - betas[0] ** steps[i]) / denominator
+            p.copy_((1 - lr * weight_decay) * p - lr * update)
+        if target is not None:
+            ema_update_([target], [p], momentum)
+    return norm, False
