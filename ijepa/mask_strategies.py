@@ -69,12 +69,16 @@ class BlockSampler(MaskSampler):
         capacities: Sequence[MaskSizes] | None = None,
     ):
         grid = check_grid(grid, (1, 1), "context and target need a patch each")
-        scale, _ = check_range("scale", (scale, scale), 1.0)
         aspect = check_range("aspect", aspect, float("inf"))
         num_patches = grid[0] * grid[1]
+        if scale <= 0:
+            nearest = 1 / num_patches
+            raise ValueError(
+                f"scale={scale}: expected over 0; the nearest that will do: {nearest:.4g}"
+            )
         self._shapes = independent_shapes(grid, (scale, scale), aspect)
         areas = self._shapes.prod(axis=1)
-        if areas.max() == num_patches:
+        if areas.max() >= num_patches:
             reason = "a block may cover the grid and leave no context"
             shapes = partial(independent_shapes, grid, aspect=aspect)
             raise_scale_error("scale", scale, shapes, num_patches - 1, reason)

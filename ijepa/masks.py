@@ -7,6 +7,7 @@ images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -22,6 +23,7 @@ from ijepa.mask_truncate import TruncatedBlocks
 DRAWS = 8  # draws of an image before the fallback
 MAX_FALLBACK_SHARE = 0.05  # of the images, in the constructor's trial
 _DEFAULT_MIN_CONTEXT = 10
+_ATTEMPT_STRIDE = 1 << 32  # random numbers set aside for one draw of an image
 _TRIAL_IMAGES = 256
 _STREAM_TRIAL = 0x74726961
 
@@ -78,7 +80,7 @@ class MultiBlockSampler(MaskSampler):
             check_grid(grid, (1, 1), "context and target need a patch each"),
             check_range("context_scale", context_scale, 1.0),
             check_range("target_scale", target_scale, 1.0),
-            check_range("target_aspect", target_aspect, float("inf")),
+            check_range("target_aspect", target_aspect, math.inf),
             check_count("num_targets", num_targets, 1, None, "at least one block to predict"),
             min_context,
         )
@@ -126,25 +128,20 @@ class PackedBlocks:
             context[short], targets[short] = self._attempt(keys[short], attempt)
             short = short[count_patches(context[short]) < self.min_context]
         targets[short] = targets[short, :1]
-        bits = random_bits(keys[short], 1, first=DRAWS * (self.num_targets + 1))[:, 0]
+        bits = random_bits(keys[short], 1, first=DRAWS * _ATTEMPT_STRIDE)[:, 0]
         context[short] = place_blocks(bits, *self._largest_context, self.grid)
         context[short] &= ~targets[short, 0]
         return context, targets, short.size
 
     def _attempt(self, keys: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Context (B, rows, columns) and targets (B, M, rows, columns) of one draw, bool."""
-        block, targets = self._attempt_blocks(keys, attempt)
-        return block & ~targets.any(axis=1), targets
+        bits = random_bits(keys, self.num_targets + 1, first=attempt * _ATTEMPT_STRIDE)
+        targets = self._place(bits[:, 1:], self._target_shapes)
+        return self._place(bits[:, 0], self._context_shapes) & ~targets.any(axis=1), targets
 
-    def _attempt_blocks(self, keys: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same with the whole context block."""
-        blocks = self.num_targets
-        bits = random_bits(keys, blocks + 1, first=attempt * (blocks + 1))  # (B, M + 1)
-        targets, context = bits[:, :blocks], bits[:, blocks]
-        return (
-            place_blocks(context, *choose_shapes(context, self._context_shapes), self.grid),
-            place_blocks(targets, *choose_shapes(targets, self._target_shapes), self.grid),
-        )
+    def _place(self, bits: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+        """(...) draws -> (..., rows, columns) bool."""
+        return place_blocks(bits, *choose_shapes(bits, shapes), self.grid)
 
     def _checked_minimum(self, asked: int | None, target_scale, target_aspect) -> int:
         """`min_context`, if the fallback can keep it and few images need the fallback."""
@@ -169,16 +166,19 @@ class PackedBlocks:
         return check_count("min_context", asked, 1, most, f"expected 1 to {most}, what {share}")
 
     def _trial(self) -> tuple[np.ndarray, np.ndarray]:
-        """(M,), (M,): the context 95 % of trial images reach with the first 1 to M targets.
+        """The context 95 % of trial images reach with the first 1 to min(M, N) targets.
 
-        In the first draw, and in the best of all draws.
+        In the first draw, and in the best of all draws: two arrays of min(M, N).
         """
+        blocks = min(self.num_targets, math.prod(self.grid))
         keys = derive_keys(_STREAM_TRIAL, np.arange(_TRIAL_IMAGES))
-        sizes = []
+        sizes = np.zeros((DRAWS, _TRIAL_IMAGES, blocks), dtype=np.int64)
         for attempt in range(DRAWS):
-            block, targets = self._attempt_blocks(keys, attempt)
-            left = block[:, None] & ~np.logical_or.accumulate(targets, axis=1)
-            sizes.append(np.count_nonzero(left, axis=(2, 3)))  # (256, M)
+            bits = random_bits(keys, blocks + 1, first=attempt * _ATTEMPT_STRIDE)
+            left = self._place(bits[:, 0], self._context_shapes)
+            for block in range(blocks):  # one at a time: there may be very many
+                left &= ~self._place(bits[:, 1 + block], self._target_shapes)
+                sizes[attempt, :, block] = count_patches(left)
         short_images = int(MAX_FALLBACK_SHARE * _TRIAL_IMAGES)
-        first, best = np.sort(sizes[0], axis=0), np.sort(np.max(sizes, axis=0), axis=0)
+        first, best = np.sort(sizes[0], axis=0), np.sort(sizes.max(axis=0), axis=0)
         return first[short_images], best[short_images]
