@@ -1,0 +1,221 @@
+"""What the token ops share: which image and token a row stands for, and sums over equal places.
+
+Dense, packed and flat layouts differ only in how a row finds its image and token:
+
+    dense (B, K):        image r // K,                          token indices[r]
+    packed (capacity,):  image sequence_ids[r] // (S / B),      token indices[r]
+    every token:         image r // N,                          token r % N
+
+The sum over equal places is the gradient of taking a row more than once:
+
+    out[p] = sum over r with places[r] == p, in a fixed order, of values[r]
+
+A stable sort brings the rows of a place together, and one program sums them in float32: no atomics,
+the same bits in every run. Bytes moved: every value once, plus 12 bytes of sort a row.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from masked_vit_kernels.launch import KernelLaunch, check_shape, round_up_to_power_of_two
+from masked_vit_kernels.packing import Packing
+
+
+@triton.jit
+def locate_rows(
+    rows,  # int64
+    present,
+    indices_ptr,  # (R,), or None where every token has its row
+    sequence_ids_ptr,  # (R,) where the layout is packed, or None
+    num_tokens,
+    rows_per_image,
+    SEQUENCES_PER_IMAGE: tl.constexpr,
+):
+    """Image and token of each row, both int64, and whether the row stands for one at all."""
+    if indices_ptr is None:
+        tokens = rows % num_tokens
+    else:
+        tokens = tl.load(indices_ptr + rows, mask=present, other=-1).to(tl.int64)
+    if sequence_ids_ptr is None:
+        images = rows // rows_per_image
+    else:
+        sequences = tl.load(sequence_ids_ptr + rows, mask=present, other=-1).to(tl.int64)
+        present = present & (sequences >= 0)
+        images = sequences // SEQUENCES_PER_IMAGE
+    return images, tokens, present & (tokens >= 0) & (tokens < num_tokens)
+
+
+@triton.jit
+def _segmented_sum_kernel(
+    values_ptr,  # (R, D)
+    order_ptr,  # (R,) int64: rows sorted by place
+    starts_ptr,  # (P + 1,) int64: first entry of each place in `order`
+    out_ptr,  # (P, D)
+    num_places,
+    stride_vr,
+    D: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+):
+    places = tl.program_id(0).to(tl.int64) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_range = places < num_places
+    in_width = columns < D
+    first = tl.load(starts_ptr + places, mask=in_range, other=0)
+    last = tl.load(starts_ptr + places + 1, mask=in_range, other=0)
+
+    total = tl.zeros((BLOCK_PLACES, BLOCK_ROWS, BLOCK_D), dtype=SUM_DTYPE)
+    for step in range(0, tl.max(last - first, axis=0), BLOCK_ROWS):
+        entries = first[:, None] + step + tl.arange(0, BLOCK_ROWS)[None, :]  # [PLACES, ROWS]
+        present = entries < last[:, None]
+        rows = tl.load(order_ptr + entries, mask=present, other=0)
+        total += tl.load(  # [BLOCK_PLACES, BLOCK_ROWS, BLOCK_D]
+            values_ptr + rows[:, :, None] * stride_vr + columns[None, None, :],
+            mask=present[:, :, None] & in_width[None, None, :],
+            other=0,
+        ).to(SUM_DTYPE)
+    tl.store(
+        out_ptr + places[:, None] * D + columns[None, :],
+        tl.sum(total, axis=1).to(out_ptr.dtype.element_ty),
+        mask=in_range[:, None] & in_width[None, :],
+    )
+
+
+# Triton decides at import whether kernels are interpreted.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether an op on `x` runs its Triton kernels: always but on the CPU, there if interpreted."""
+    return _INTERPRETED or not x.is_cpu
+
+
+class RowIndex(NamedTuple):
+    """Which image and token each of R rows stands for, in any of the layouts above."""
+
+    indices: Tensor | None  # (R,) int32 or int64, or None: every token of every image
+    sequence_ids: Tensor | None  # (R,) int32 where the layout is packed
+    rows_per_image: int
+    sequences_per_image: int
+
+    def arguments(self, num_tokens: int) -> dict[str, object]:
+        """The kernel parameters that `locate_rows` takes, by their usual names."""
+        return {
+            "indices_ptr": self.indices,
+            "sequence_ids_ptr": self.sequence_ids,
+            "num_tokens": num_tokens,
+            "rows_per_image": self.rows_per_image,
+            "SEQUENCES_PER_IMAGE": self.sequences_per_image,
+        }
+
+    def places(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor:
+        """(R,) int64: image * N + token of each row, -1 where it stands for none."""
+        rows = torch.arange(num_rows, device=device)
+        tokens = rows % num_tokens if self.indices is None else self.indices.long()
+        if self.sequence_ids is None:
+            images = rows // self.rows_per_image
+        else:
+            sequences = self.sequence_ids.long()
+            images = sequences.div(self.sequences_per_image, rounding_mode="floor")
+        valid = (images >= 0) & (tokens >= 0) & (tokens < num_tokens)
+        return torch.where(valid, images * num_tokens + tokens, -1)
+
+
+def check_index_dtype(name: str, indices: Tensor) -> None:
+    """Raise ValueError unless `indices` are int32 or int64."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {indices.dtype}")
+
+
+def row_index(indices: Tensor, packing: Packing | None, batch: int) -> RowIndex:
+    """The rows that (B, K) or, with a packing, (capacity,) token ids of `batch` images describe."""
+    check_index_dtype("indices", indices)
+    if indices.ndim == 2:
+        check_shape("indices", indices, (batch, None), f"(B, K) with B = {batch}")
+        return RowIndex(indices.reshape(-1), None, max(indices.shape[1], 1), 1)
+    if indices.ndim != 1 or packing is None:
+        raise ValueError(
+            f"indices must have shape (B, K), or (capacity,) with a packing, got"
+            f" {tuple(indices.shape)} and packing={'None' if packing is None else 'given'}"
+        )
+    check_shape("indices", indices, (packing.capacity,), f"({packing.capacity},), the capacity")
+    if batch == 0 or packing.num_sequences % batch:
+        raise ValueError(f"{packing.num_sequences} sequences cannot be shared by {batch} images")
+    return RowIndex(indices, packing.sequence_ids, 1, packing.num_sequences // batch)
+
+
+def with_unit_columns(x: Tensor) -> Tensor:
+    """`x`, copied only if its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def column_block(width: int, limit: int = 256) -> int:
+    """Columns a program covers: the largest power of two up to `limit` that divides `width`.
+
+    A width with no such divisor of at least 32 is covered by masked blocks.
+    """
+    divisor = min(width & -width, limit)
+    return divisor if divisor >= 32 else min(round_up_to_power_of_two(width), limit)
+
+
+def tile_rows(x: Tensor, block_d: int) -> int:
+    """Rows of a program that moves 8 KB: four 16-byte accesses for each of its 128 threads."""
+    return max(1, 8192 // (x.element_size() * block_d))
+
+
+def segmented_sum_launch(
+    values: Tensor, order: Tensor, starts: Tensor, out: Tensor
+) -> KernelLaunch:
+    """values (R, D) with unit column stride, order (R,), starts (P + 1,) -> out (P, D)."""
+    num_places, width = out.shape
+    block_d = column_block(width)
+    block = max(1, 2048 // block_d)
+    many_rows_each = order.shape[0] > 4 * num_places
+    block_places, block_rows = (1, block) if many_rows_each else (block, 1)
+    return KernelLaunch(
+        kernel=_segmented_sum_kernel,
+        grid=(triton.cdiv(num_places, block_places), triton.cdiv(width, block_d)),
+        arguments={
+            "values_ptr": values,
+            "order_ptr": order,
+            "starts_ptr": starts,
+            "out_ptr": out,
+            "num_places": num_places,
+            "stride_vr": values.stride(0),
+            "D": width,
+            "BLOCK_PLACES": block_places,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_D": block_d,
+            "SUM_DTYPE": sum_dtype(values),
+        },
+    )
+
+
+def sum_dtype(x: Tensor) -> tl.dtype:
+    """What sums over rows of `x` are accumulated in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def sum_rows_by_place(
+    values: Tensor, places: Tensor, num_places: int, dtype: torch.dtype
+) -> Tensor:
+    """values (R, D), places (R,) int64 -> (num_places, D) sums in `dtype`, without a host sync.
+
+    Rows whose place lies outside [0, num_places) are left out, whatever they hold.
+    """
+    values = with_unit_columns(values)
+    inside = (places >= 0) & (places < num_places)
+    keys, order = torch.sort(torch.where(inside, places, num_places), stable=True)
+    starts = torch.searchsorted(keys, torch.arange(num_places + 1, device=places.device))
+    out = torch.empty(num_places, values.shape[1], dtype=dtype, device=values.device)
+    segmented_sum_launch(values, order, starts, out).run()
+    return out
