@@ -15,7 +15,7 @@ from ijepa.config import OptimConfig, ScheduleConfig
 from ijepa.distributed import sum_gradients, sum_over_ranks
 from ijepa.mask_batch import MaskBatch
 from ijepa.model import IJEPA
-from ijepa.optim import Updater
+from ijepa.optim import apply_schedule, make_optimizer
 from ijepa.schedules import schedule_at
 
 
@@ -71,7 +71,7 @@ class Trainer:
         self.model = model
         self.schedule = schedule_config
         self.autocast = precision == "bf16"
-        self.updater = Updater(model, optim_config)
+        self.optimizer = make_optimizer(model, optim_config)
         self.step_index = 0
         device = next(model.parameters()).device
         self.total_skips = torch.zeros((), dtype=torch.int64, device=device)
@@ -98,9 +98,12 @@ class Trainer:
                 f" got {len(image_parts)} and {len(mask_parts)}"
             )
         values = schedule_at(self.schedule, self.step_index)
-        self.updater.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         loss = self._accumulate(image_parts, mask_parts)
-        grad_norm, skipped = self.updater.update(loss, values)
+        apply_schedule(self.optimizer, values)
+        self.optimizer.step(loss=loss)
+        # the optimiser overwrites its own at the next step
+        grad_norm, skipped = self.optimizer.grad_norm.clone(), self.optimizer.skipped.clone()
         self.step_index += 1
         self.total_skips = self.total_skips + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped
@@ -122,7 +125,7 @@ class Trainer:
     def state_dict(self) -> dict:
         """Optimiser state, step and counters; the model's weights are not in it."""
         return {
-            "optimizer": self.updater.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "step_index": self.step_index,
             "total_skips": self.total_skips.clone(),
             "consecutive_skips": self.consecutive_skips.clone(),
@@ -137,7 +140,7 @@ class Trainer:
         expected = {"optimizer", "step_index", "total_skips", "consecutive_skips"}
         if set(state) != expected:
             raise ValueError(f"trainer state must hold {sorted(expected)}, got {sorted(state)}")
-        self.updater.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step_index = int(state["step_index"])
         device = self.total_skips.device
         self.total_skips = state["total_skips"].to(device)

@@ -2,14 +2,15 @@
 
 import copy
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from ijepa import IJEPA, MaskBatch, ModelConfig, OptimConfig, ScheduleConfig, Trainer
 from ijepa.optim import ema_pairs, parameter_groups
-from ijepa.schedules import schedule_at
 
 CONFIG = ModelConfig(
     image_size=(16, 16),
@@ -29,14 +30,13 @@ TARGETS = [
 ]  # fmt: skip
 
 
-def make_trainer(schedule=SCHEDULE, seed=0, dtype=torch.float32, **optim):
+def make_trainer(seed=0, **optim):
     torch.manual_seed(seed)
-    return Trainer(IJEPA(CONFIG).to(dtype), OptimConfig(**optim), schedule)
+    return Trainer(IJEPA(CONFIG), OptimConfig(**optim), SCHEDULE)
 
 
-def make_images(seed, count=4, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 16, 16, generator=generator, dtype=dtype)
+def make_images(seed):
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def make_masks(images=slice(None)):
@@ -45,7 +45,7 @@ def make_masks(images=slice(None)):
 
 def snapshot(trainer):
     """Everything an update may touch."""
-    return copy.deepcopy((trainer.model.state_dict(), trainer.updater.state_dict()))
+    return copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
 
 
 def assert_equal(a, b, but=()):
@@ -109,29 +109,31 @@ def test_skips_in_a_row_are_counted():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """Of unequal sizes, in float64: every predicted element weighs the same."""
-    images = make_images(0, dtype=torch.float64)
-    whole, parts = make_trainer(dtype=torch.float64), make_trainer(dtype=torch.float64)
+    """Of unequal sizes: every predicted element weighs the same."""
+    images = make_images(0)
+    whole, parts = make_trainer(), make_trainer()
     expected = whole.step(images, make_masks())
     found = parts.step([images[:1], images[1:]], [make_masks(slice(1)), make_masks(slice(1, 4))])
-    torch.testing.assert_close(found.loss, expected.loss, atol=1e-12, rtol=0)
-    torch.testing.assert_close(found.grad_norm, expected.grad_norm, atol=1e-12, rtol=1e-9)
-    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.grad_norm, expected.grad_norm, atol=0, rtol=1e-5)
+    pairs = zip(whole.model.named_parameters(), parts.model.parameters(), strict=True)
+    for (name, a), b in pairs:
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4, msg=name)
     with pytest.raises(ValueError, match="as many image tensors as masks"):
         parts.step([images], [make_masks(), make_masks()])
 
 
 def test_update_is_adamw_on_clipped_gradients_and_a_moving_average():
-    trainer = make_trainer(dtype=torch.float64, max_grad_norm=0.01, eps=1e-3)
+    trainer = make_trainer(max_grad_norm=0.01, eps=1e-3)
     before = copy.deepcopy(trainer.model)
-    images, masks = make_images(0, dtype=torch.float64), make_masks()
+    images, masks = make_images(0), make_masks()
     result = trainer.step(images, masks)
 
     before(images, masks).backward()
     trained = {n: p for n, p in before.named_parameters() if p.grad is not None}
     norm = torch.stack([p.grad.square().sum() for p in trained.values()]).sum().sqrt()
-    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
     assert norm > 0.02  # so that clipping happens
     after = dict(trainer.model.named_parameters())
     for name, p in trained.items():
@@ -140,12 +142,12 @@ def test_update_is_adamw_on_clipped_gradients_and_a_moving_average():
         decay = result.weight_decay if p.ndim > 1 else 0.0
         update = gradient / (gradient.abs() + 1e-3)
         expected = p * (1 - result.lr * decay) - result.lr * update
-        torch.testing.assert_close(after[name], expected, atol=1e-9, rtol=0, msg=name)
+        torch.testing.assert_close(after[name], expected, atol=1e-7, rtol=0, msg=name)
     for name, target in before.target_encoder.named_parameters():
         source = after[f"context_encoder.{name}"]
         expected = result.momentum * target + (1 - result.momentum) * source
         torch.testing.assert_close(
-            after[f"target_encoder.{name}"], expected, atol=1e-9, rtol=0, msg=name
+            after[f"target_encoder.{name}"], expected, atol=1e-7, rtol=0, msg=name
         )
 
 
@@ -185,25 +187,66 @@ def test_resuming_is_bit_exact(tmp_path):
         second.load_state_dict({"step_index": 3})
 
 
-class NoReads(TorchDispatchMode):
-    """Refuses what makes the host wait for the device."""
+def run_rank(rank, folder):
+    """One of two ranks: half of the images each, the third step not finite on rank 1 alone."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=3),  # where the other one died
+    )
+    trainer, half = make_trainer(eps=1e-3), slice(2 * rank, 2 * rank + 2)
+    results = []
+    for step in range(3):
+        images = make_images(step)[half]
+        if step == 2 and rank == 1:
+            images[0] = float("inf")
+        results.append(trainer.step(images, make_masks(half)))
+    figures = [(r.loss, r.grad_norm, r.skipped) for r in results]
+    torch.save((figures, trainer.model.state_dict()), f"{folder}/{rank}")
+    dist.destroy_process_group()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "_local_scalar_dense" in str(function) or "nonzero" in str(function):
-            raise AssertionError(f"{function} reads a tensor on the host")
-        return function(*args, **(kwargs or {}))
+
+def run_other_rank(_, folder):
+    torch.set_num_threads(1)
+    run_rank(1, folder)
 
 
+def test_two_ranks_train_as_one_process_does(tmp_path):
+    other = mp.spawn(run_other_rank, (str(tmp_path),), nprocs=1, join=False)
+    run_rank(0, tmp_path)
+    other.join()
+    (figures, weights), (other_figures, other_weights) = (
+        torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)
+    )
+    assert_equal(weights, other_weights)
+    whole = make_trainer(eps=1e-3)
+    for step in range(2):
+        result = whole.step(make_images(step), make_masks())
+        torch.testing.assert_close(figures[step][0], result.loss, atol=1e-6, rtol=0)
+        torch.testing.assert_close(figures[step][1], result.grad_norm, atol=0, rtol=1e-4)
+        assert torch.equal(figures[step][0], other_figures[step][0])
+    assert figures[2][2] and other_figures[2][2]  # both skip what one cannot use
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_the_update_never_reads_a_tensor(max_grad_norm):
-    trainer = make_trainer(max_grad_norm=max_grad_norm)
-    trainer.step(make_images(0), make_masks())
-    trainer.model(make_images(1), make_masks()).backward()
-    loss = torch.ones(())
-    with NoReads():
-        trainer.updater.update(loss, schedule_at(SCHEDULE, 1))
-    with pytest.raises(AssertionError, match="reads a tensor"), NoReads():
-        float(loss)
+def test_a_step_never_waits_for_the_device(max_grad_norm):
+    torch.manual_seed(0)
+    trainer = Trainer(IJEPA(CONFIG).cuda(), OptimConfig(max_grad_norm=max_grad_norm), SCHEDULE)
+    images, masks = make_images(0).cuda(), make_masks().to("cuda")
+    trainer.step(images, masks)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(images, masks)
+        trainer.step([images, images], [masks, masks])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.total_skips.item() == 0
 
 
 def test_bf16_steps_train():
