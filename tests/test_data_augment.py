@@ -80,7 +80,9 @@ def test_resampling_agrees_with_pillow(interpolation, channels):
             filter = getattr(Image, interpolation.upper())
             expected = np.asarray(crop.resize((36, 24), filter)).astype(int)
             expected = expected[:, ::-1] if view.flip else expected
-            assert np.abs(images[row, channel].numpy() - expected).max() <= 1
+            difference = np.abs(images[row, channel].numpy() - expected)
+            assert difference.max() <= (1 if interpolation == "bilinear" else 2)
+            assert difference.mean() < 0.5
 
 
 def test_centre_crop_and_squash():

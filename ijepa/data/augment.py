@@ -2,7 +2,7 @@
 
 A transform turns image sizes and 64-bit keys into `View`s; `render_view` decodes and resamples one
 view. Resampling is PyTorch's antialiased uint8 kernel, which agrees with Pillow's to within a
-grey level (bicubic: where nothing is clipped), so the pixels are those of the released data path.
+grey level (bicubic: two, where nothing is clipped), so the crops look as in the released code.
 """
 
 from __future__ import annotations
