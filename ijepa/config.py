@@ -190,6 +190,8 @@ class DataConfig:
         source: "shapes", "scenes" or "folder".
         path: the folder of images, for "folder".
         num_images: images to render, for the procedural sources.
+        num_held_out: further images for the closing probes, never trained on; of a labelled folder
+            this many are kept from the probes' fit (pretraining sees them, without labels).
         crop_scale: area range of RandomResizedCrop; (1, 1) takes the whole image.
         flip: mirror half of the images.
         interpolation: "bilinear" (released pretraining) or "bicubic".
@@ -199,13 +201,14 @@ class DataConfig:
     source: Literal["shapes", "scenes", "folder"] = "shapes"
     path: str | None = None
     num_images: int = 12_000
+    num_held_out: int = 2_000
     crop_scale: tuple[float, float] = (0.3, 1.0)
     flip: bool = False
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     workers: int = 1
 
     def __post_init__(self):
-        _require_positive(self, "num_images")
+        _require_positive(self, "num_images", "num_held_out")
         _require_range(self, "crop_scale", 0.0, 1.0)
         _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
         _require(

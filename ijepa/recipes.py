@@ -56,13 +56,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     """
     values, origin = _read(name_or_path, seen=())
     values.setdefault("name", Path(name_or_path).stem)
-    for key, value in (overrides or {}).items():
+    overrides = overrides or {}
+    for key in overrides:
         check_setting(key)
+    set_now = [key for key, value in overrides.items() if value is not None]
+    for key, value in {**overrides, **cleared_alternatives(set_now)}.items():
         _put(values, key, value)
-        if key in _ALTERNATIVES and value is not None:
-            other, cleared = _ALTERNATIVES[key]
-            if other not in (overrides or {}):
-                _put(values, other, cleared)
     return recipe_from_dict(values, origin)
 
 
@@ -102,6 +101,14 @@ def check_setting(key: str) -> None:
     table = key.partition(".")[0]
     in_table = [name for name in setting_names() if name.partition(".")[0] == table]
     check_known([key], in_table or setting_names(), "unknown setting")
+
+
+def cleared_alternatives(given: Iterable[str]) -> dict[str, Any]:
+    """What a recipe must forget when `given` settings are about to be set: the other way to say
+    the same, {"train.epochs": None} for "train.steps"."""
+    given = list(given)
+    pairs = (_ALTERNATIVES[key] for key in given if key in _ALTERNATIVES)
+    return {other: cleared for other, cleared in pairs if other not in given}
 
 
 def check_known(given: Iterable[str], valid: list[str], what: str) -> None:
@@ -144,9 +151,9 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
         if isinstance(entries, dict):
             for key, value in entries.items():
                 _put(inherited, f"{table}.{key}", value)
-                other, cleared = _ALTERNATIVES.get(f"{table}.{key}", (None, None))
-                if other and other.partition(".")[2] not in entries:
-                    _put(inherited, other, cleared)
+            names = [f"{table}.{key}" for key in entries]
+            for key, value in cleared_alternatives(names).items():
+                _put(inherited, key, value)
         else:
             inherited[table] = entries
     return inherited, name_or_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,8 @@ class RunReport:
         seconds: time spent, over all parts of a resumed run.
         skipped_steps: updates left out because something was not finite.
         unreadable: damaged images met, as "path: reason".
-        task: name of the labels probed; None without labels.
-        chance: accuracy of guessing the most frequent class.
-        probes: rows of the closing table.
+        chance: task -> accuracy of guessing the most frequent class; empty without labels.
+        probes: rows of the closing table, empty without labels.
     """
 
     folder: Path
@@ -44,8 +43,7 @@ class RunReport:
     seconds: float
     skipped_steps: int = 0
     unreadable: Sequence[str] = ()
-    task: str | None = None
-    chance: float | None = None
+    chance: Mapping[str, float] = field(default_factory=dict)
     probes: Sequence[ProbeRow] = ()
 
 
@@ -67,7 +65,7 @@ def write_report(report: RunReport, mask_examples: np.ndarray, console: Console 
             report.folder / "curves.png",
             title=report.folder.name,
             mask_examples=mask_examples,
-            chance=report.chance,
+            chance=next(iter(report.chance.values()), None),
         )
     text = summary_text(report, metrics, plotted)
     (report.folder / "summary.md").write_text(text, encoding="utf-8")
@@ -85,20 +83,29 @@ def write_report(report: RunReport, mask_examples: np.ndarray, console: Console 
 
 def closing_rich_table(report: RunReport) -> Table:
     """The probes as a table for the terminal; the pretrained rows stand out."""
-    table = Table(
-        title=f"Accuracy on unseen images, task {report.task!r} "
-        f"(guessing the commonest class: {100 * report.chance:.1f} %)",
-        title_justify="left",
-    )
-    table.add_column("average-pooled features of")
-    table.add_column("linear probe", justify="right")
-    table.add_column("kNN", justify="right")
-    for row in report.probes:
-        style = "bold green" if row.features.startswith("pretrained") else ""
-        table.add_row(
-            row.features, f"{100 * row.linear:.1f} %", f"{100 * row.knn:.1f} %", style=style
-        )
+    header, *rows = _probe_cells(report)
+    table = Table(title="Accuracy on held-out images", title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row, style="bold green" if row[0].startswith("pretrained") else "")
     return table
+
+
+def _probe_cells(report: RunReport) -> list[list[str]]:
+    """Header and rows of the closing table; the last row is guessing."""
+    tasks = list(report.chance)
+    header = ["average-pooled features of"]
+    for task in tasks:
+        prefix = f"{task}: " if len(tasks) > 1 else ""
+        header += [f"{prefix}linear probe", f"{prefix}kNN"]
+    cells = [header]
+    for row in report.probes:
+        scores = [row.scores[task] for task in tasks]
+        values = [value for score in scores for value in (score.linear, score.knn)]
+        cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
+    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in range(2)]
+    return [*cells, ["always the commonest class", *guesses]]
 
 
 def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotted: bool) -> str:
@@ -113,18 +120,12 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
         f"{steps * batch / max(report.seconds, 1e-9):,.0f} images/s with the panels counted in.",
     ]
     if report.probes:
+        header, *rows = _probe_cells(report)
         parts += [
-            f"## Accuracy on unseen images: {report.task}",
-            _markdown_table(
-                ("average-pooled features of", "linear probe", "kNN"),
-                [
-                    (row.features, f"{100 * row.linear:.1f} %", f"{100 * row.knn:.1f} %")
-                    for row in report.probes
-                ],
-            ),
-            f"Always guessing the commonest class scores {100 * report.chance:.1f} %. The linear "
-            "probe is a logistic regression on standardised features; kNN votes among 20 "
-            "neighbours by cosine.",
+            f"## Accuracy on held-out images ({', '.join(report.chance)})",
+            _markdown_table(header, rows),
+            "The linear probe is a logistic regression on standardised features; kNN votes among "
+            "20 neighbours by cosine.",
         ]
     parts += _panel_section(metrics)
     if plotted:

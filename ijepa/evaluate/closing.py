@@ -15,69 +15,65 @@ from ijepa.model import IJEPA
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images for a probe: some to fit it on, others to test it.
+    """Images for probes: some to fit them on, others to test them.
 
     Attributes:
-        task: name of the labels.
         train_images, test_images: (n, C, Hi, Wi) and (m, C, Hi, Wi) uint8.
-        train_labels, test_labels: (n,) and (m,) int64.
+        train_labels, test_labels: task -> (n,) and task -> (m,) int64.
     """
 
-    task: str
     train_images: Tensor
-    train_labels: Tensor
+    train_labels: Mapping[str, Tensor]
     test_images: Tensor
-    test_labels: Tensor
+    test_labels: Mapping[str, Tensor]
 
     @property
-    def chance(self) -> float:
-        """Accuracy of always guessing the most frequent class of the test images."""
-        return self.test_labels.bincount().max().item() / self.test_labels.shape[0]
+    def chance(self) -> dict[str, float]:
+        """Task -> accuracy of always guessing the most frequent class of the test images."""
+        return {
+            task: labels.bincount().max().item() / labels.shape[0]
+            for task, labels in self.test_labels.items()
+        }
 
 
 @dataclass(frozen=True)
-class ProbeRow:
-    """One line of the table; accuracies in [0, 1].
+class ProbeScores:
+    """Accuracies in [0, 1] of the linear probe and of the nearest neighbours."""
 
-    Attributes:
-        features: what was probed.
-        linear, knn: accuracy of the linear probe and of the nearest neighbours.
-    """
-
-    features: str
     linear: float
     knn: float
 
 
-def closing_table(
-    trained: IJEPA, untrained: IJEPA | None, images: LabelledImages
-) -> list[ProbeRow]:
+@dataclass(frozen=True)
+class ProbeRow:
+    """One line of the table: what was probed, and the scores for each task."""
+
+    features: str
+    scores: dict[str, ProbeScores]
+
+
+def closing_table(trained: IJEPA, untrained: IJEPA, images: LabelledImages) -> list[ProbeRow]:
     """Both probes on both kinds of target-encoder features, and on the baselines.
 
     Args:
-        untrained: the same networks as initialised; None leaves the baselines out.
+        untrained: the same networks as initialised.
     """
-    networks: Mapping[str, IJEPA] = {"pretrained": trained}
-    if untrained is not None:
-        networks = {**networks, "random network": untrained}
     rows = []
-    for name, model in networks.items():
+    for name, model in (("pretrained", trained), ("random network", untrained)):
         train = encoder_features(model.target_encoder, images.train_images)
         test = encoder_features(model.target_encoder, images.test_images)
-        for kind, title in (("last", "last block"), ("last4", "last 4 blocks")):
-            rows.append(
-                _probe(f"{name}, {title}", getattr(train, kind), getattr(test, kind), images)
-            )
-    if untrained is not None:
-        config = trained.config
-        train_pixels, test_pixels = (
-            pixel_features(part, config.image_mean, config.image_std)
-            for part in (images.train_images, images.test_images)
-        )
-        rows.append(_probe("raw pixels", train_pixels, test_pixels, images))
+        rows.append(_probe(f"{name}, last block", train.last, test.last, images))
+        rows.append(_probe(f"{name}, last 4 blocks", train.last4, test.last4, images))
+    mean, std = trained.config.image_mean, trained.config.image_std
+    train_pixels = pixel_features(images.train_images, mean, std)
+    test_pixels = pixel_features(images.test_images, mean, std)
+    rows.append(_probe("raw pixels", train_pixels, test_pixels, images))
     return rows
 
 
 def _probe(name: str, train: Tensor, test: Tensor, images: LabelledImages) -> ProbeRow:
-    labelled = (train, images.train_labels, test, images.test_labels)
-    return ProbeRow(name, linear_probe_accuracy(*labelled), knn_accuracy(*labelled))
+    scores = {}
+    for task, train_labels in images.train_labels.items():
+        labelled = (train, train_labels, test, images.test_labels[task])
+        scores[task] = ProbeScores(linear_probe_accuracy(*labelled), knn_accuracy(*labelled))
+    return ProbeRow(name, scores)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from masked_vit_kernels.reference import normalize_images
 from torch import Tensor
 
@@ -43,6 +44,21 @@ def encoder_features(encoder: Encoder, images: Tensor, batch_size: int = 256) ->
     return Features(last=last4[:, -last4.shape[1] // count :].contiguous(), last4=last4)
 
 
-def pixel_features(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised pixels of uint8 images (n, C, Hi, Wi) as rows (n, C * Hi * Wi)."""
-    return normalize_images(images, mean, std).flatten(1)
+def pixel_features(
+    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], longest_side: int = 32
+) -> Tensor:
+    """Normalised pixels of uint8 images (n, C, Hi, Wi) as rows (n, C * h * w).
+
+    Larger images are averaged down to `longest_side`: a probe on every pixel of a photograph
+    would have more weights than there are images.
+    """
+    height, width = images.shape[2:]
+    shrink = max(-(-max(height, width) // longest_side), 1)
+    rows = []
+    for batch in images.split(256):
+        pixels = normalize_images(batch, mean, std)
+        if shrink > 1:
+            size = (max(height // shrink, 1), max(width // shrink, 1))
+            pixels = F.adaptive_avg_pool2d(pixels, size)
+        rows.append(pixels.flatten(1))
+    return torch.cat(rows)

@@ -1,0 +1,176 @@
+"""The command line: `ijepa pretrain | doctor`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from ijepa.config import Recipe
+from ijepa.recipes import (
+    check_known,
+    check_setting,
+    cleared_alternatives,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+    recipe_to_dict,
+    setting_names,
+)
+
+USAGE = """\
+ijepa: self-supervised pretraining of vision transformers by predicting in latent space
+
+  ijepa pretrain [RECIPE] [--table.key VALUE ...]   train; RECIPE is a name or a TOML file
+  ijepa pretrain [RECIPE] --help                    all settings with their values there
+  ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
+  ijepa doctor                                      this machine, versions, which op runs where
+
+recipes: {recipes}
+"""
+DEFAULT_RECIPE = "shapes-tiny"
+# What may differ when a run is resumed: nothing of it changes the weights that come out, except
+# train.steps, which moves the end of the run and leaves the schedules where they were.
+RESUMABLE = (
+    "data.path",
+    "data.workers",
+    "train.steps",
+    "train.device",
+    "train.accumulate",
+    "train.checkpoint_every",
+    "train.log_every",
+    "train.tensorboard",
+    "monitor.every",
+    "monitor.images",
+    "monitor.evaluate",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE.format(recipes=", ".join(recipe_names())))
+        return 0
+    try:
+        check_known([command], list(COMMANDS), "unknown command")
+        return COMMANDS[command](rest)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"ijepa: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def pretrain_command(arguments: list[str]) -> int:
+    """`ijepa pretrain [RECIPE] [--resume RUN_FOLDER] [--table.key VALUE ...]`."""
+    resume, arguments = _take_option(arguments, "--resume")
+    name = None
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+    given = _given_settings(arguments)
+    if resume is not None:
+        recipe, checkpoint = _resumed(resume, name, arguments)
+    else:
+        name = name or DEFAULT_RECIPE
+        recipe = _override(load_recipe(name, cleared_alternatives(given)), arguments, name)
+        checkpoint = None
+
+    from ijepa.pretrain import pretrain  # torch is not needed to refuse a bad setting
+
+    outcome = pretrain(recipe, checkpoint=checkpoint, console=Console())
+    if not outcome.finished:
+        print(f"\nStopped and saved. Continue with:\n  ijepa pretrain --resume {outcome.folder}")
+    return 0
+
+
+def doctor_command(arguments: list[str]) -> int:
+    """`ijepa doctor`."""
+    if arguments:
+        raise ValueError(f"ijepa doctor takes no arguments, got {' '.join(arguments)}")
+    from ijepa.doctor import run_doctor
+
+    run_doctor(Console())
+    return 0
+
+
+COMMANDS = {"pretrain": pretrain_command, "doctor": doctor_command}
+
+
+def _resumed(folder: str, name: str | None, arguments: list[str]):
+    """The checkpoint's recipe with the overrides a resumed run may take, and the checkpoint."""
+    from ijepa.checkpoint import CheckpointError, load_checkpoint
+
+    checkpoint = load_checkpoint(folder)
+    try:
+        saved = recipe_from_dict(checkpoint.metadata["config"], f"{checkpoint.path}: config")
+    except KeyError:
+        raise CheckpointError(f"{checkpoint.path} holds no settings") from None
+    if name is not None and load_recipe(name).name != saved.name:
+        raise ValueError(
+            f"{folder} is a run of recipe {saved.name}, not of {name}: leave the recipe out"
+        )
+    recipe = _override(saved, arguments, f"--resume {folder}")
+    for key, value in _flat(recipe).items():
+        before = _flat(saved)[key]
+        if value != before and key not in RESUMABLE:
+            raise ValueError(
+                f"{key} is {before} in the run of {folder} and cannot become {value}: that would "
+                f"be another run. May change: {', '.join(RESUMABLE)}"
+            )
+    return recipe, checkpoint
+
+
+def _override(recipe: Recipe, arguments: list[str], title: str) -> Recipe:
+    """The recipe with the command line's values; bad ones end the program with what is valid."""
+    return tyro.cli(
+        Recipe,
+        default=recipe,
+        args=arguments,
+        prog=f"ijepa pretrain {title}",
+        description="Every setting of the recipe, with its value there.",
+    )
+
+
+def _flat(recipe: Recipe) -> dict[str, object]:
+    """Settings by dotted name."""
+    return {
+        f"{table}.{key}": value
+        for table, entries in recipe_to_dict(recipe).items()
+        if isinstance(entries, dict)
+        for key, value in entries.items()
+    }
+
+
+def _given_settings(arguments: list[str]) -> list[str]:
+    """Dotted names of the settings on the command line; unknown ones are refused."""
+    given = []
+    for argument in arguments:
+        if not argument.startswith("--") or argument in ("--help", "--"):
+            continue
+        key = argument[2:].partition("=")[0].replace("-", "_")
+        if key not in setting_names():
+            key = key.replace(".no_", ".", 1)  # --data.no-flip
+        check_setting(key)
+        given.append(key)
+    return given
+
+
+def _take_option(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Value of `--option VALUE` or `--option=VALUE`, and the arguments without it."""
+    for place, argument in enumerate(arguments):
+        if argument == option:
+            if place + 1 == len(arguments):
+                raise ValueError(f"{option} needs a run's folder")
+            return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2], arguments[:place] + arguments[place + 1 :]
+    return None, arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

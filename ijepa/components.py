@@ -1,0 +1,186 @@
+"""What a run is built of, made from its recipe: device, data, masks, networks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa import distributed
+from ijepa.config import MaskConfig, Recipe
+from ijepa.counter_rng import derive_keys, random_bits
+from ijepa.data import build_source, load_batch
+from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
+from ijepa.data.batch import batch_labels
+from ijepa.data.sources import ImageSource
+from ijepa.evaluate.closing import LabelledImages
+from ijepa.mask_sampler import MaskSampler, plan_capacities
+from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
+from ijepa.masks import MultiBlockSampler
+from ijepa.model import IJEPA
+
+_SUBSET_STREAM = 0x5AB5E7
+_TRAINING_SET, _HELD_OUT_SET = 0, 1  # seeds of the procedural data sets, whatever the run's seed
+MAX_PROBE_IMAGES = 10_000  # that the closing probes are fitted on
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is a device.
+
+    Raises:
+        ValueError: CUDA asked for and not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device is 'cuda', but torch sees no CUDA device (see ijepa doctor)")
+    return torch.device(name)
+
+
+def build_mask_sampler(
+    config: MaskConfig, grid: tuple[int, int], batch_size: int, device: torch.device
+) -> MaskSampler:
+    """The sampler of a recipe; on a GPU with planned capacities, so that shapes repeat.
+
+    Raises:
+        ValueError: settings that cannot be satisfied, with the nearest that can.
+    """
+    arguments: dict = {}
+    kind: type[MaskSampler]
+    if config.strategy == "multiblock":
+        kind = MultiBlockSampler
+        arguments = {
+            "context_scale": config.context_scale,
+            "target_scale": config.target_scale,
+            "target_aspect": config.target_aspect,
+            "num_targets": config.num_targets,
+            "min_context": config.min_context,
+            "batching": config.batching,
+        }
+    elif config.strategy == "rasterized":
+        kind = RasterizedSampler
+    elif config.strategy == "block":
+        kind = BlockSampler
+        arguments = {"scale": config.target_share, "aspect": config.target_aspect}
+    else:
+        kind = RandomSampler
+        arguments = {"scale": config.target_share}
+    sampler = kind(grid, **arguments)
+    if device.type == "cpu":
+        return sampler
+    return kind(grid, **arguments, capacities=plan_capacities(sampler, batch_size))
+
+
+def micro_batch_size(recipe: Recipe) -> int:
+    """Images a rank takes at once.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+    """
+    parts = recipe.train.accumulate * distributed.world_size()
+    if recipe.train.batch_size % parts:
+        raise ValueError(
+            f"train.batch_size {recipe.train.batch_size} cannot be shared among "
+            f"{distributed.world_size()} ranks x {recipe.train.accumulate} micro-batches"
+        )
+    return recipe.train.batch_size // parts
+
+
+def build_model(recipe: Recipe) -> IJEPA:
+    """The networks as initialised from the recipe's seed, on the CPU."""
+    torch.manual_seed(recipe.train.seed)
+    return IJEPA(recipe.model)
+
+
+def open_source(recipe: Recipe, progress: bool) -> ImageSource:
+    """The training images; procedural ones are rendered now, by the first rank.
+
+    Raises:
+        ValueError: no such folder, no image in it, or no path given.
+    """
+    if recipe.data.source == "folder" and recipe.data.path is None:
+        raise ValueError(
+            "no images given: add --data.path FOLDER (any folder of images, labels not needed), "
+            "or try --data.source shapes"
+        )
+    if not distributed.is_main():
+        distributed.barrier()
+    source = _build(recipe, recipe.data.num_images, _TRAINING_SET, progress)
+    if distributed.is_main():
+        distributed.barrier()
+    return source
+
+
+def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> LabelledImages | None:
+    """Images for the closing probes; None where there are no labels."""
+    if not source.labels:
+        return None
+    view = viewing_transform(recipe)
+    held_out = recipe.data.num_held_out
+    if recipe.data.source == "folder":
+        held_out = min(held_out, len(source) // 5)
+        images, labels = load_subset(source, view, MAX_PROBE_IMAGES + held_out)
+        parts = images[held_out:], images[:held_out]
+        train_labels = {task: values[held_out:] for task, values in labels.items()}
+        test_labels = {task: values[:held_out] for task, values in labels.items()}
+        return LabelledImages(parts[0], train_labels, parts[1], test_labels)
+    test = _build(recipe, held_out, _HELD_OUT_SET, progress)
+    return LabelledImages(
+        *load_subset(source, view, MAX_PROBE_IMAGES), *load_subset(test, view, held_out)
+    )
+
+
+def _build(recipe: Recipe, num_images: int, seed: int, progress: bool) -> ImageSource:
+    return build_source(
+        recipe.data.source,
+        path=recipe.data.path,
+        channels=recipe.model.channels,
+        num_images=num_images,
+        image_size=recipe.model.image_size,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def training_transform(recipe: Recipe) -> Transform:
+    """Random crops of the model's image size."""
+    data = recipe.data
+    return RandomResizedCrop(
+        recipe.model.image_size,
+        scale=data.crop_scale,
+        interpolation=data.interpolation,
+        flip=data.flip,
+    )
+
+
+def viewing_transform(recipe: Recipe) -> Transform:
+    """The whole of a rendered image; the centre of a photograph."""
+    size, interpolation = recipe.model.image_size, recipe.data.interpolation
+    if recipe.data.source == "folder":
+        return CenterCrop(size, interpolation=interpolation)
+    return Squash(size, interpolation=interpolation)
+
+
+def load_subset(
+    source: ImageSource, transform: Transform, count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`count` images, spread over the source by a fixed draw, and their labels by task.
+
+    Returns:
+        (n, C, H, W) uint8 and task -> (n,) int64, n at most len(source).
+    """
+    key = derive_keys(_SUBSET_STREAM)
+    order = random_bits(key.reshape(1), len(source))[0].argsort(kind="stable")
+    batch = load_batch(source, order[:count], transform)
+    return batch.images, batch_labels(source, batch)
+
+
+def data_fingerprint(source: ImageSource) -> dict[str, int | str]:
+    """How many images there are, and a hash over the names of up to 1000 of them."""
+    numbers = np.unique(np.linspace(0, len(source) - 1, num=min(len(source), 1000)).astype(int))
+    names: Sequence[str] = [source.name(int(number)).rpartition("/")[2] for number in numbers]
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"images": len(source), "names": digest[:16]}

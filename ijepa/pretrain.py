@@ -1,0 +1,108 @@
+"""Pretraining from a recipe to a report."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ijepa import distributed
+from ijepa.checkpoint import Checkpoint
+from ijepa.components import choose_device
+from ijepa.config import Recipe
+from ijepa.run import LateResult, Run, TooManySkips
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run lies, and whether it took all its steps."""
+
+    folder: Path
+    finished: bool
+
+
+def pretrain(
+    recipe: Recipe, *, checkpoint: Checkpoint | None = None, console: Console | None = None
+) -> Outcome:
+    """Run a recipe, from the start or from a checkpoint of it.
+
+    Args:
+        console: where progress is shown; None is silent.
+
+    Raises:
+        ValueError: settings, data or checkpoint that do not fit together.
+        TooManySkips: training diverged; a checkpoint is kept.
+    """
+    device = distributed.start(choose_device(recipe.train.device))
+    try:
+        run = Run(recipe, checkpoint, device, console if distributed.is_main() else None)
+        try:
+            finished = train(run)
+            if finished:
+                run.conclude()
+        finally:
+            run.close()
+        return Outcome(run.folder, finished)
+    finally:
+        distributed.stop()
+
+
+def train(run: Run) -> bool:
+    """Take the remaining steps; False where a signal ended the run early.
+
+    A step's figures are read while the next one runs, so the host never waits for the device.
+    """
+    train, monitor = run.recipe.train, run.recipe.monitor
+    done = run.first_step
+    late: LateResult | None = None
+    vote = distributed.LateVote(run.device)
+
+    with run.progress, StopSignals() as stop:
+        if done == 0 and monitor.every:
+            run.look(done)
+        for done, images, masks in run.batches():
+            result = run.trainer.step(images, masks)
+            try:
+                run.observe(late)
+            except TooManySkips:
+                run.save(done)
+                raise
+            late = LateResult(done, result)
+
+            if run.due(monitor.every, done) or done == train.steps:
+                run.look(done)
+            stopping = vote.any(stop.requested)
+            if run.due(train.checkpoint_every, done) or done == train.steps or stopping:
+                run.save(done)
+            if stopping and done < train.steps:
+                run.observe(late)
+                return False
+        run.observe(late)
+    return True
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C interrupts at once.
+
+    Use as a context manager; the previous handlers are put back at its end.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
