@@ -51,7 +51,8 @@ class Predictor(nn.Module):
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
         """Context features (Tc, D) -> predictions (Tt, target width) in `masks.targets`' order."""
         x = assemble_predictor_tokens(
-            self.predictor_embed(context),
+            # the residual stream stays in float32 under autocast, as in the encoder
+            self.predictor_embed(context).to(self.mask_token.dtype),
             self.mask_token,
             self.predictor_pos_embed,
             masks.context,

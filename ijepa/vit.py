@@ -245,7 +245,8 @@ class Encoder(nn.Module):
         if ids is None:
             packing = self._dense_packing(x.shape[0], x.shape[1], x.device)
         assert packing is not None  # ids come with their packing: embed_visible_patches checked
-        return x.reshape(-1, x.shape[-1]), packing
+        # Under autocast the residual stream stays in float32, as in the released code.
+        return x.reshape(-1, x.shape[-1]).to(proj.weight.dtype), packing
 
     def _positions(self, images: Tensor) -> Tensor:
         grid = (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1])
