@@ -124,10 +124,10 @@ def _decide_kernel(
         inside = first + lanes < num_partials
         sums += tl.load(partials_ptr + first + lanes, mask=inside, other=0.0).to(tl.float64)
     norm = tl.sqrt(tl.sum(sums, axis=0))
-    infinity = float("inf")
-    go = norm < infinity  # false for NaN
+    go = norm < float("inf")  # false for NaN
     if HAS_LOSS:
-        go = go & (tl.abs(tl.load(loss_ptr).to(tl.float64)) < infinity)
+        loss = tl.load(loss_ptr).to(tl.float64)
+        go = go & (loss - loss == 0.0)  # false for NaN and infinity
     for first in range(0, num_slots, BLOCK):
         address = tl.load(gradients_ptr + first + lanes, mask=first + lanes < num_slots, other=0)
         go = go & (tl.min(address, axis=0) >= 0)
@@ -155,7 +155,7 @@ def _decide_kernel(
         weight_decay = tl.load(values_ptr + 4, mask=trained, other=0.0)
         gradient = tl.load(gradients_ptr + slot, mask=inside, other=0)
         step = tl.load(steps_ptr + slot, mask=inside, other=0.0)
-        step += (go & (gradient > 0)).to(tl.float32)
+        step += tl.where(gradient > 0, go.to(tl.float32), 0.0)
         tl.store(steps_ptr + slot, step, mask=trained)
 
         t = tl.maximum(step, 1.0).to(tl.float64)
