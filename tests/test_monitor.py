@@ -1,0 +1,60 @@
+"""The collapse panel's statistics against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from ijepa.monitor import collapse_panel, effective_rank, mean_cosine
+
+
+def test_effective_rank_counts_equal_directions():
+    basis = torch.linalg.qr(torch.randn(64, 12, dtype=torch.float64))[0]  # orthonormal columns
+    assert effective_rank(basis) == pytest.approx(12, rel=1e-4)
+    assert effective_rank(basis[:, :5] @ torch.randn(5, 5, dtype=torch.float64)) < 5
+    assert effective_rank(torch.ones(64, 12, dtype=torch.float64)) == pytest.approx(1, abs=1e-3)
+
+
+def test_effective_rank_is_the_published_formula():
+    features = torch.randn(40, 7, dtype=torch.float64)
+    sigma = [math.sqrt(v) for v in torch.linalg.eigvalsh(features.T @ features).tolist()]
+    p = [s / sum(sigma) + 1e-7 for s in sigma]
+    assert effective_rank(features) == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)))
+
+
+def test_mean_cosine_is_that_of_all_pairs():
+    features = torch.randn(9, 5, dtype=torch.float64)
+    pairs = [
+        torch.nn.functional.cosine_similarity(features[i], features[j], dim=0).item()
+        for i in range(9)
+        for j in range(9)
+        if i != j
+    ]
+    assert mean_cosine(features) == pytest.approx(sum(pairs) / len(pairs))
+    assert mean_cosine(torch.ones(9, 5)) == pytest.approx(1.0)
+
+
+def test_a_collapse_shows_in_every_figure():
+    labels = torch.arange(64) % 4
+    healthy = torch.nn.functional.one_hot(labels, 8).float() + 0.05 * torch.randn(64, 8)
+    collapsed = torch.ones(64, 8) + 1e-5 * torch.randn(64, 8)
+    good, bad = collapse_panel(healthy, labels), collapse_panel(collapsed, labels)
+    assert good.effective_rank > 3 > 1.01 > bad.effective_rank
+    assert good.cosine < 0.5 < 0.999 < bad.cosine
+    assert good.feature_std > 0.1 > 1e-4 > bad.feature_std >= bad.lowest_std
+    assert good.knn == 1.0 and bad.knn < 0.7
+
+
+def test_std_is_taken_over_images_dimension_by_dimension():
+    features = torch.randn(50, 6, dtype=torch.float64) * torch.tensor([1, 2, 3, 4, 5, 0.1])
+    panel = collapse_panel(features.float())
+    expected = [torch.std(features.float()[:, d].double()).item() for d in range(6)]
+    assert panel.feature_std == pytest.approx(sum(expected) / 6)
+    assert panel.lowest_std == pytest.approx(min(expected))
+    assert panel.knn is None
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (2, 3, 4)])
+def test_features_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="features must have shape"):
+        collapse_panel(torch.zeros(shape))
