@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000500/
         weights.safetensors     context_encoder.*, target_encoder.*, predictor.*, released names
         trainer.safetensors     optimiser and counters, random states
-        checkpoint.json         step, settings, versions, sizes and SHA-256 of the two files
+        checkpoint.json         step, settings, versions, sizes and SHA-256 of the files
     RUN/checkpoints/latest      the newest one's name
 
 A checkpoint is written into a folder aside, every file and the folder are fsynced, and one rename
@@ -88,21 +88,17 @@ def save_checkpoint(
     save_file(_savable(weights), aside / WEIGHTS)
     save_file(_savable(tensors), aside / STATE)
     files = {name: _fingerprint(aside / name) for name in (WEIGHTS, STATE)}
-    _write_synced(
-        aside / METADATA,
-        json.dumps(
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "files": files,
-                "versions": versions(),
-                **metadata,
-                "state": tree,
-            },
-            indent=1,
-        ),
-    )
+    described = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "files": files,
+        "versions": versions(),
+        **metadata,
+        "state": tree,
+    }
+    described["checksum"] = _checksum(described)
+    _write_synced(aside / METADATA, json.dumps(described, indent=1))
     for name in (WEIGHTS, STATE):
         _sync(aside / name)
     _sync(aside)
@@ -138,6 +134,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             f"{folder / METADATA} has format version {metadata.get('format_version')}, "
             f"this program reads {FORMAT_VERSION}"
         )
+    if metadata.get("checksum") != _checksum(metadata):
+        raise CheckpointError(f"{folder / METADATA} is damaged: its checksum differs")
     try:
         contents = {name: _read_tensors(folder / name, metadata["files"][name])
                     for name in (WEIGHTS, STATE)}  # fmt: skip
@@ -196,6 +194,12 @@ def _fingerprint(file: Path) -> dict[str, Any]:
             "bytes": file.stat().st_size,
             "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
         }
+
+
+def _checksum(described: dict[str, Any]) -> str:
+    """SHA-256 over the metadata's own JSON, the checksum itself left out."""
+    content = {name: value for name, value in described.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
