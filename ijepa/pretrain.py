@@ -71,10 +71,10 @@ def train(run: Run) -> bool:
                 raise
             late = LateResult(done, result)
 
-            if run.due(monitor.every, done) or done == train.steps:
+            if run.due(monitor.every, done):
                 run.look(done)
             stopping = vote.any(stop.requested)
-            if run.due(train.checkpoint_every, done) or done == train.steps or stopping:
+            if stopping or run.due(train.checkpoint_every, done):
                 run.save(done)
             if stopping and done < train.steps:
                 run.observe(late)

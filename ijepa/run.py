@@ -157,8 +157,8 @@ class Run:
             )
 
     def due(self, every: int, done: int) -> bool:
-        """Whether something that happens every so many steps is due; 0 is never."""
-        return every > 0 and done % every == 0
+        """Whether something that happens every so many steps, and at the end, is; 0 is never."""
+        return every > 0 and (done % every == 0 or done == self.recipe.train.steps)
 
     def look(self, done: int) -> None:
         """The collapse panel, on the first rank."""
