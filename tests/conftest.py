@@ -1,8 +1,9 @@
 """Interpreter tests run in a process of their own, beside the others.
 
 Triton decides at import whether kernels are interpreted, and the interpreter and the compiler
-cannot share a process. A test marked `interpreter` is therefore collected as usual, executed by one child
-pytest with TRITON_INTERPRET=1 that starts with the session, and reports the child's outcome:
+cannot share a process. A test marked `interpreter` is therefore collected as usual, executed by
+one child pytest with TRITON_INTERPRET=1 that starts with the session, and reports the child's
+outcome:
 
     @pytest.mark.interpreter
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])   # bfloat16 is garbage there

@@ -4,7 +4,7 @@ Nothing here knows I-JEPA: MAE, data2vec, iBOT, DINOv2 or V-JEPA can import the 
 """
 
 from masked_vit_kernels.adamw_ema import AdamWEMA
-from masked_vit_kernels.cpu import (
+from masked_vit_kernels.attention import (
     varlen_attention,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,

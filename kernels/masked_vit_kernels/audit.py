@@ -29,29 +29,12 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import masked_vit_kernels
 from masked_vit_kernels.audit_budgets import BUDGETS
-from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT, KernelLaunch
+from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT, AuditCase, KernelLaunch
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # The matrix instruction each architecture should use, as nvdisasm spells it.
 _MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
-
-
-@dataclass(frozen=True)
-class AuditCase:
-    """One launch to compile.
-
-    Attributes:
-        name: op and variant, for instance "attention forward D=80 keys<=128 bf16".
-        launch: built from `meta` tensors by the op's own launch function.
-        budget: key of `BUDGETS`.
-        core: belongs to the short audit that runs with the tests.
-    """
-
-    name: str
-    launch: KernelLaunch
-    budget: str
-    core: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,11 +75,10 @@ def compile_launch(launch: KernelLaunch, capability: int) -> CompiledKernel:
         raise RuntimeError("the audit cannot run under TRITON_INTERPRET=1")
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**launch.arguments)
     parsed, signature, constexprs, attributes = kernel._pack_args(
-        backend, options, bound, specialization, None
+        backend, dict(launch.options), bound, specialization, None
     )
     source = ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=parsed.__dict__)

@@ -5,9 +5,9 @@ from tensors on the `meta` device and compiles what a GPU would have been asked 
 types and divisibility hints cannot drift apart. Under `TRITON_INTERPRET=1` the same launch runs on
 CPU tensors.
 
-Alignment: Triton 3.6 learns that an integer argument is a multiple of 16 and of nothing smaller, and
-`tl.multiple_of` on a kernel argument is lost. A stride that is a multiple of 8 is made a constexpr,
-or passed divided by 8 and multiplied in the kernel; otherwise every load is 2 bytes wide.
+Alignment: Triton 3.6 learns that an integer argument is a multiple of 16 and of nothing smaller,
+and `tl.multiple_of` on a kernel argument is lost. A stride that is a multiple of 8 is made a
+constexpr, or passed divided by 8 and multiplied in the kernel; else every load is 2 bytes wide.
 
 The argument checks here are those that more than one op needs.
 """
@@ -41,6 +41,8 @@ class KernelLaunch:
         arguments: tensors, numbers and constexprs by parameter name, in any order.
         num_warps: warps a program.
         num_stages: depth of Triton's software pipeline.
+        max_registers: a cap per thread that ptxas must keep, so that more programs share a
+            multiprocessor; None leaves it the choice.
     """
 
     kernel: triton.runtime.KernelInterface
@@ -48,6 +50,13 @@ class KernelLaunch:
     arguments: dict[str, object]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's compile options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
         """Launch on the device of the tensors, whichever device is current."""
@@ -61,9 +70,24 @@ class KernelLaunch:
             self._launch()
 
     def _launch(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+@dataclass(frozen=True)
+class AuditCase:
+    """One launch for the compile audit, see `audit.py`.
+
+    Attributes:
+        name: op and variant, for instance "attention forward D=80 keys<=128 bf16".
+        launch: built from `meta` tensors by the op's own launch function.
+        budget: key of `audit_budgets.BUDGETS`.
+        core: belongs to the short audit that runs with the tests.
+    """
+
+    name: str
+    launch: KernelLaunch
+    budget: str
+    core: bool = True
 
 
 @functools.cache

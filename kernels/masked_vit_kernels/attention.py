@@ -1,0 +1,364 @@
+"""Variable-length attention over packed tokens: `varlen_attention` and its packed-input variants.
+
+Semantics: `reference.varlen_attention`. CPU tensors run `cpu_attention`; everything else runs the
+Triton kernels of `attention_forward` and `attention_backward` through two opaque ops, which trace,
+compile and capture. Names and layouts follow flash-attn's varlen functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from masked_vit_kernels import cpu
+from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
+from masked_vit_kernels.attention_common import MAX_HEAD_DIM, readable
+from masked_vit_kernels.attention_forward import forward_launch
+from masked_vit_kernels.launch import AuditCase, check_dtype, check_same_device, check_shape
+from masked_vit_kernels.packing import Packing
+
+# The inputs of both ops are `x`, `y`, `z`: qkv alone, or q and kv, or q, k and v.
+
+
+def _split(x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q, k, v, each (T, H, D), of whichever inputs there are."""
+    if y is None:
+        return x[:, 0], x[:, 1], x[:, 2]
+    if z is None:
+        return x, y[:, 0], y[:, 1]
+    return x, y, z
+
+
+@torch.library.custom_op("masked_vit_kernels::varlen_attention", mutates_args=())
+def _attention(
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    tile_map_q: Tensor | None,
+    wide_tile_map_q: Tensor | None,
+    tile_map_k: Tensor | None,
+    sequence_order: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """-> out (Tq, H, D), lse (H, Tq) fp32. The last maps are for the backward."""
+    q, k, v = (readable(part) for part in _split(x, y, z))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    forward_launch(
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, wide_tile_map_q,
+        max_seqlen_q, max_seqlen_k, softmax_scale,
+    ).run()  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(x, y, z, *_):
+    q = _split(x, y, z)[0]
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("masked_vit_kernels::varlen_attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    tile_map_q: Tensor | None,
+    tile_map_k: Tensor | None,
+    sequence_order: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> list[Tensor]:
+    """-> one gradient buffer for each of the inputs x, y, z that is given."""
+    q, k, v = (readable(part) for part in _split(x, y, z))
+    gradients = [
+        torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        for part in (x, y, z)
+        if part is not None
+    ]
+    dq, dk, dv = _split(*gradients, *[None] * (3 - len(gradients)))
+    launches = backward_launches(
+        q, k, v, out, readable(dout), lse, backward_scratch(q), dq, dk, dv,
+        cu_seqlens_q, cu_seqlens_k, sequence_order, tile_map_q, tile_map_k,
+        max_seqlen_q, max_seqlen_k, softmax_scale,
+    )  # fmt: skip
+    for launch in launches:
+        launch.run()
+    return gradients
+
+
+@_attention_backward.register_fake
+def _(dout, out, lse, x, y, z, *_):
+    return [part.new_empty(part.shape) for part in (x, y, z) if part is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    x, y, z, cu_q, cu_k, tile_map_q, _, tile_map_k, order, *ctx.numbers = inputs
+    out, lse = output
+    ctx.save_for_backward(x, y, z, cu_q, cu_k, tile_map_q, tile_map_k, order, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, dout, _dlse):
+    x, y, z, cu_q, cu_k, tile_map_q, tile_map_k, order, out, lse = ctx.saved_tensors
+    gradients = _attention_backward(
+        dout, out, lse, x, y, z, cu_q, cu_k, tile_map_q, tile_map_k, order, *ctx.numbers
+    )
+    return (*gradients, *[None] * (12 - len(gradients)))
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+_autocast_library = torch.library.Library("masked_vit_kernels", "FRAGMENT")
+
+
+def _register_autocast(device_type: str) -> None:
+    """Cast the inputs to whatever dtype autocast holds; `register_autocast` takes a fixed one."""
+    key = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}[device_type]
+
+    def kernel(x, y, z, *others):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, y, z = (None if part is None else part.to(dtype) for part in (x, y, z))
+        with torch.amp.autocast(device_type, enabled=False):
+            return _attention(x, y, z, *others)
+
+    _autocast_library.impl("varlen_attention", kernel, key)
+
+
+_register_autocast("cuda")
+_register_autocast("cpu")
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    packing_q: Packing | None = None,
+    packing_k: Packing | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each sequence's queries over its own keys.
+
+    Args:
+        q: (Tq, H, D), D a multiple of 8 up to 128; float32, float16 or bfloat16. Strided views are
+            read in place where their strides are multiples of 8 elements.
+        k, v: (Tk, H, D).
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, first row of each sequence.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
+        packing_q, packing_k: the same sequences as `Packing`s, whose tile maps keep long and short
+            sequences balanced; without them the grid covers the upper bounds.
+        softmax_scale: positive; default: D ** -0.5.
+        return_lse: also return the LSE.
+
+    Returns:
+        (Tq, H, D) in q's dtype, zero on padding rows and where a sequence has no keys; with
+        `return_lse` also (H, Tq) fp32 natural-log LSE, -inf there, not differentiable.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices, bounds or scale.
+    """
+    if q.device.type == "cpu":
+        return cpu.varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packing_q=packing_q,
+            packing_k=packing_k, softmax_scale=softmax_scale, return_lse=return_lse,
+        )  # fmt: skip
+    check_shape("q", q, (None, None, None), "(Tq, H, D)")
+    check_shape("k", k, (None, *q.shape[1:]), f"(Tk, {q.shape[1]}, {q.shape[2]})")
+    check_shape("v", v, k.shape, f"{tuple(k.shape)} like k")
+    return triton_attention(
+        (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        packing_q, packing_k, softmax_scale, return_lse,
+    )  # fmt: skip
+
+
+def varlen_attention_qkvpacked(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    packing: Packing | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`varlen_attention` of qkv (T, 3, H, D), whose gradient is one (T, 3, H, D) buffer."""
+    if qkv.device.type == "cpu":
+        return cpu.varlen_attention_qkvpacked(
+            qkv, cu_seqlens, max_seqlen, packing=packing, softmax_scale=softmax_scale,
+            return_lse=return_lse,
+        )  # fmt: skip
+    check_shape("qkv", qkv, (None, 3, None, None), "(T, 3, H, D)")
+    return triton_attention(
+        (qkv,), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        packing, packing, softmax_scale, return_lse,
+    )  # fmt: skip
+
+
+def varlen_attention_kvpacked(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    packing_q: Packing | None = None,
+    packing_k: Packing | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`varlen_attention` of q (Tq, H, D) and kv (Tk, 2, H, D), whose gradient is one buffer."""
+    if q.device.type == "cpu":
+        return cpu.varlen_attention_kvpacked(
+            q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packing_q=packing_q,
+            packing_k=packing_k, softmax_scale=softmax_scale, return_lse=return_lse,
+        )  # fmt: skip
+    check_shape("q", q, (None, None, None), "(Tq, H, D)")
+    check_shape("kv", kv, (None, 2, *q.shape[1:]), f"(Tk, 2, {q.shape[1]}, {q.shape[2]})")
+    return triton_attention(
+        (q, kv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        packing_q, packing_k, softmax_scale, return_lse,
+    )  # fmt: skip
+
+
+def triton_attention(
+    inputs: tuple[Tensor, ...],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    packing_q: Packing | None = None,
+    packing_k: Packing | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The Triton path behind the public functions: (qkv,), (q, kv) or (q, k, v).
+
+    Runs on CUDA tensors, and under `TRITON_INTERPRET=1` on CPU tensors.
+    """
+    x, y, z = (*inputs, None, None)[:3]
+    q, k, _ = _split(x, y, z)
+    _check(inputs, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_packing("packing_q", packing_q, q.shape[0], max_seqlen_q)
+    _check_packing("packing_k", packing_k, k.shape[0], max_seqlen_k)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if scale <= 0:
+        raise ValueError(f"softmax_scale must be positive, got {scale}")
+    out, lse = _attention(
+        x,
+        y,
+        z,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None if packing_q is None else packing_q.tile_map,
+        None if packing_q is None else packing_q.wide_tile_map,
+        None if packing_k is None else packing_k.tile_map,
+        None if packing_k is None else packing_k.sequence_order,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    inputs: tuple[Tensor, ...],
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    head_dim = q.shape[2]
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"D must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+    for tensor in inputs:
+        check_dtype("the attention's inputs", tensor)
+    if len({tensor.dtype for tensor in inputs}) > 1:
+        raise ValueError(f"inputs must share a dtype, got {[x.dtype for x in inputs]}")
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_shape(name, cu_seqlens, (None,), "(S + 1,)")
+        check_dtype(name, cu_seqlens, (torch.int32, torch.int64))
+    check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "that of cu_seqlens_q")
+    check_same_device("q", q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if min(max_seqlen_q, max_seqlen_k) < 0:
+        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen_q}, {max_seqlen_k}")
+
+
+def _check_packing(name: str, packing: Packing | None, rows: int, max_seqlen: int) -> None:
+    if packing is not None and (packing.capacity != rows or packing.max_seqlen > max_seqlen):
+        raise ValueError(
+            f"{name} describes {packing.capacity} rows in sequences up to {packing.max_seqlen}, "
+            f"got {rows} rows and max_seqlen {max_seqlen}"
+        )
+
+
+def audit_cases(capability: int) -> Iterator[AuditCase]:
+    """Every entry of the launch tables, from qkv views as a ViT's qkv projection writes them.
+
+    The core is bfloat16 at D = 24, 80 and 88, and one width of each other dtype.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (24, 32, 64, 80, 88):
+            core = head_dim in ((24, 80, 88) if dtype == torch.bfloat16 else (32,))
+            for max_seqlen in (64, 128, 256, 512):
+                yield from _audit_length(dtype, head_dim, max_seqlen, core, capability)
+
+
+def _audit_length(
+    dtype: torch.dtype, head_dim: int, max_seqlen: int, core: bool, capability: int
+) -> Iterator[AuditCase]:
+    rows, heads, sequences = 16384, 16, 128
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    def floats(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    qkv, dqkv = floats(rows, 3, heads, head_dim), floats(rows, 3, heads, head_dim)
+    out, dout = floats(rows, heads, head_dim), floats(rows, heads, head_dim)
+    lse = floats(heads, rows, dtype=torch.float32)
+    cu_seqlens, order = integers(sequences + 1), integers(sequences)
+    tile_map, wide_tile_map = (
+        integers(rows // 64 + sequences, 2),
+        integers(rows // 128 + sequences, 2),
+    )
+    name = f"D={head_dim} keys<={max_seqlen} {str(dtype).removeprefix('torch.')}"
+    half = dtype != torch.float32
+
+    forward = forward_launch(
+        *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, tile_map, wide_tile_map,
+        max_seqlen, max_seqlen, head_dim**-0.5, capability=capability,
+    )  # fmt: skip
+    yield AuditCase(f"attention forward {name}", forward, "matmul" if half else "reported", core)
+
+    launches = backward_launches(
+        *qkv.unbind(1), out, dout, lse, lse, *dqkv.unbind(1), cu_seqlens, cu_seqlens, order,
+        tile_map, tile_map, max_seqlen, max_seqlen, head_dim**-0.5, capability=capability,
+    )  # fmt: skip
+    for launch in launches:
+        kind, keys = launch.arguments["KIND"], launch.arguments["BLOCK_K"]
+        if kind == "resident" and keys <= 128 and max_seqlen > 128:
+            continue  # the very launch of keys<=128
+        budget = "matmul" if max_seqlen <= 128 else "matmul_two_phase"
+        yield AuditCase(
+            f"attention backward {kind} {name}", launch, budget if half else "reported", core
+        )

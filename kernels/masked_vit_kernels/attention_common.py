@@ -1,0 +1,194 @@
+"""What the attention kernels share: head-dim pieces, launch table, tiles in and out of memory.
+
+`tl.arange` takes powers of two and a half-precision matrix product wants at least 16 of them, so a
+head of width D is cut into two pieces instead of padded to the next power of two: 80 = 64 + 16,
+88 = 64 + 32 (24 used), 24 = 16 + 16 (8 used). A product over D is the sum of two products; an
+output of width D is two tiles. A piece of width 0 is a tile of width 16 that no code touches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from masked_vit_kernels.launch import round_up_to_power_of_two
+from masked_vit_kernels.packing import TILE, WIDE_TILE
+
+MAX_HEAD_DIM = 128
+
+# Programs a head that clear the rows after the last sequence; each strides over them.
+CLEARING_PROGRAMS = 4
+CLEARING_ROWS = 64
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile and schedule of one attention kernel.
+
+    Attributes:
+        block_q: query rows a tile.
+        block_k: key rows a tile.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline over the inner loop.
+        max_registers: cap per thread; None: ptxas' choice.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class BackwardStep:
+    """One launch of the backward: a kernel and the sequences it takes.
+
+    Attributes:
+        kind: "resident" (one program per sequence and head, all keys on chip, five products),
+            "two_phase" (one program per sequence and head, seven products), "flash_queries" and
+            "flash_keys" (one program per tile and head).
+        config: its tiles.
+        keys_over: takes sequences of more keys than this (-1: all).
+        keys_up_to: and of at most so many.
+    """
+
+    kind: str
+    config: AttentionConfig
+    keys_over: int
+    keys_up_to: int
+
+
+NO_LIMIT = 2**31 - 1
+
+
+def head_dim_pieces(head_dim: int) -> tuple[int, int]:
+    """Powers of two, at least 16, that cover `head_dim`; the second is 0 where one is enough."""
+    if head_dim > 96:
+        return 128, 0
+    whole = max(round_up_to_power_of_two(head_dim + 1) // 2, 16)
+    rest = head_dim - whole
+    return whole, max(round_up_to_power_of_two(rest), 16) if rest > 0 else 0
+
+
+def forward_config(
+    head_dim: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype, capability: int
+) -> AttentionConfig:
+    """Tile of the forward for sequences of at most so many queries and keys.
+
+    Keys that fit one tile are attended to in one pass. block_q is `TILE` or `WIDE_TILE`.
+    """
+    if dtype == torch.float32:
+        return AttentionConfig(64, 64, 4, 1)
+    if max_seqlen_k <= 64:
+        return AttentionConfig(TILE, 64, 4, 1)
+    if max_seqlen_k <= 128:
+        # 64 x 128 scores of mma.sync fill an Ampere thread's registers at 4 warps.
+        return AttentionConfig(TILE, 128, 8 if capability == 80 and head_dim > 64 else 4, 1)
+    if head_dim <= 32 or max_seqlen_q <= 128:
+        return AttentionConfig(TILE, 64, 4, 2)
+    # Wide tiles read each key tile half as often from L2, which is what these lengths wait for.
+    return AttentionConfig(WIDE_TILE, 64, 8, 2)
+
+
+def backward_plan(
+    head_dim: int, max_seqlen_q: int, max_seqlen_k: int, dtype: torch.dtype, capability: int
+) -> tuple[BackwardStep, ...]:
+    """Launches of the backward; together they take every sequence exactly once.
+
+    Tiles are the largest whose accumulators stay in registers (the compile audit checks it); caps
+    on registers are set where a cap costs no spill and lets another program onto the
+    multiprocessor.
+    """
+    if dtype == torch.float32:
+        config = AttentionConfig(64, 64, 4, 1)
+        if max_seqlen_k > 256:
+            return _flash(config, config)
+        kind = "resident" if max_seqlen_k <= 64 else "two_phase"
+        return (BackwardStep(kind, config, -1, NO_LIMIT),)
+    narrow = head_dim <= 32
+    if max_seqlen_k > 256:
+        return _flash(AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 128, 8, 2))
+    if max_seqlen_k <= 64 and max_seqlen_q <= 64:
+        registers = 128 if narrow else 168 if head_dim <= 64 else None
+        return (BackwardStep("resident", AttentionConfig(64, 64, 4, 1, registers), -1, NO_LIMIT),)
+    short = BackwardStep(
+        "resident",
+        AttentionConfig(32, 128, 8, 1, 128) if narrow else AttentionConfig(64, 128, 8, 1),
+        -1,
+        128,
+    )
+    if max_seqlen_k <= 128:
+        return (short,)
+    if narrow:
+        long = BackwardStep("resident", AttentionConfig(32, 256, 16, 1), 128, NO_LIMIT)
+    else:
+        long = BackwardStep("two_phase", AttentionConfig(64, 64, 8, 1), 128, NO_LIMIT)
+    return (long, short)
+
+
+def _flash(queries: AttentionConfig, keys: AttentionConfig) -> tuple[BackwardStep, ...]:
+    return (
+        BackwardStep("flash_queries", queries, -1, NO_LIMIT),
+        BackwardStep("flash_keys", keys, -1, NO_LIMIT),
+    )
+
+
+def stride_arguments(name: str, x: Tensor) -> dict[str, int]:
+    """Kernel arguments of a (T, H, D) view: its token stride over 8, its head stride."""
+    return {f"stride_{name}t_by_8": x.stride(0) // 8, f"STRIDE_{name.upper()}H": x.stride(1)}
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` (T, H, D) itself where the kernels can read it with 16-byte loads, else a copy."""
+    aligned = x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if x.stride(2) == 1 and aligned else x.contiguous()
+
+
+@triton.jit
+def load_tile(
+    ptr, first_row, num_rows, stride_t, ROWS: tl.constexpr, COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, WIDTH] of rows from `first_row` on, zero from `num_rows` and from HEAD_DIM on."""
+    rows = tl.arange(0, ROWS)
+    columns = COLUMN + tl.arange(0, WIDTH)
+    mask = (rows < num_rows - first_row)[:, None]
+    if COLUMN + WIDTH > HEAD_DIM:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    tile_ptr = ptr + tl.full((), first_row, tl.int64) * stride_t
+    return tl.load(tile_ptr + rows[:, None] * stride_t + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, first_row, num_rows, stride_t, ROWS: tl.constexpr, COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Write [ROWS, WIDTH], rows before `num_rows` and columns before HEAD_DIM only."""
+    rows = tl.arange(0, ROWS)
+    columns = COLUMN + tl.arange(0, WIDTH)
+    mask = (rows < num_rows - first_row)[:, None]
+    if COLUMN + WIDTH > HEAD_DIM:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    tile_ptr = ptr + tl.full((), first_row, tl.int64) * stride_t
+    tl.store(
+        tile_ptr + rows[:, None] * stride_t + columns[None, :],
+        tile.to(ptr.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def clear_rows(
+    ptr, first_row, num_rows, stride_t, part, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Zero one head's rows from `first_row` to `num_rows`, every PARTS-th block of ROWS."""
+    zeros = tl.zeros((ROWS, WIDTH), tl.float32)
+    for row in range(first_row + part * ROWS, num_rows, PARTS * ROWS):
+        store_tile(ptr, zeros, row, num_rows, stride_t, ROWS, 0, WIDTH, HEAD_DIM)
