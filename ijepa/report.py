@@ -181,7 +181,10 @@ def _incidents(report: RunReport) -> list[str]:
 def _main_settings(recipe: Recipe) -> list[tuple[str, str]]:
     model, schedule = recipe.model, recipe.schedule
     return [
-        ("images", f"{model.image_size[0]}x{model.image_size[1]}, patches of {model.patch_size[0]}x{model.patch_size[1]}"),
+        (
+            "images",
+            f"{model.image_size[0]}x{model.image_size[1]}, patches of {model.patch_size[0]}x{model.patch_size[1]}",
+        ),
         ("encoder", f"{model.width} wide, {model.depth} deep, {model.heads} heads"),
         (
             "predictor",
