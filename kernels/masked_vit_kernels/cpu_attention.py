@@ -33,6 +33,8 @@ _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Scores of a bucket that are in flight at once: P and dP of this many elements stay in the cache.
 _BUCKET_SCORES = 1 << 20
+# Scores below which a bucket's calls cost more than its arithmetic, so that padding is cheaper.
+_LITTLE_WORK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,19 @@ def _bucket_end(lengths_q: np.ndarray, lengths_k: np.ndarray, first: int, heads:
     """End of the bucket that starts at `first` of the sorted lengths.
 
     Lengths may exceed the shortest by a sixteenth (three tokens at least): that padding costs less
-    than another round of small calls would.
+    than another round of small calls would. A bucket with little work takes in more.
     """
     shortest_q, shortest_k = int(lengths_q[first]), int(lengths_k[first])
-    limit_q, limit_k = shortest_q + max(3, shortest_q // 16), shortest_k + max(3, shortest_k // 16)
     last = first + 1
-    while (
-        last < len(lengths_q)
-        and lengths_q[last] <= limit_q
-        and shortest_k <= lengths_k[last] <= limit_k
-        and (last + 1 - first) * heads * limit_q * limit_k <= _BUCKET_SCORES
-    ):
+    while last < len(lengths_q):
+        work = (last - first) * heads * shortest_q * shortest_k
+        slack = 15 if work < _LITTLE_WORK else 3
+        limit_q = shortest_q + max(slack, shortest_q // 16)
+        limit_k = shortest_k + max(slack, shortest_k // 16)
+        scores = (last + 1 - first) * heads * int(lengths_q[last]) * limit_k
+        fits = lengths_q[last] <= limit_q and shortest_k <= lengths_k[last] <= limit_k
+        if not fits or scores > _BUCKET_SCORES:
+            break
         last += 1
     return last
 
