@@ -43,6 +43,8 @@ def _check_ids(ids: Tensor, count: int, name: str) -> None:
 
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """(R, D), (K,) -> (K, D); zeros where the row is -1, even if row 0 holds NaN."""
+    if x.shape[0] == 0:
+        return x.new_zeros(rows.shape[0], x.shape[1])
     taken = x.index_select(0, rows.clamp(min=0))
     return taken.masked_fill((rows < 0)[:, None], 0)
 

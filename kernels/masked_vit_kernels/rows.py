@@ -239,6 +239,7 @@ def audit_cases(capability: int) -> Iterator[AuditCase]:
                 yield AuditCase(
                     f"sum by place, {kind} rows D={width} {str(dtype).removeprefix('torch.')}",
                     segmented_sum_launch(values, order, starts, out),
-                    "streaming",
+                    # One row is stored for many read: its store may be narrow.
+                    "streaming" if kind == "few" else "streaming_with_tails",
                     core=width == 1280 and dtype == torch.bfloat16,
                 )
