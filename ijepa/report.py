@@ -74,11 +74,10 @@ def write_report(report: RunReport, mask_examples: np.ndarray, console: Console 
     if report.probes:
         console.print(closing_rich_table(report))
     if not plotted:
-        console.print(PLOTS_NOTE, highlight=False)
+        console.print(PLOTS_NOTE, highlight=False, markup=False)
     files = "summary.md, curves.png" if plotted else "summary.md, masks.png"
-    console.print(
-        f"Results: {report.folder} ({files}, metrics.jsonl, checkpoints)", highlight=False
-    )
+    text = f"Results: {report.folder} ({files}, metrics.jsonl, checkpoints)"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def closing_rich_table(report: RunReport) -> Table:
@@ -181,10 +180,8 @@ def _incidents(report: RunReport) -> list[str]:
 def _main_settings(recipe: Recipe) -> list[tuple[str, str]]:
     model, schedule = recipe.model, recipe.schedule
     return [
-        (
-            "images",
-            f"{model.image_size[0]}x{model.image_size[1]}, patches of {model.patch_size[0]}x{model.patch_size[1]}",
-        ),
+        ("images", "x".join(map(str, model.image_size))),
+        ("patches", "x".join(map(str, model.patch_size))),
         ("encoder", f"{model.width} wide, {model.depth} deep, {model.heads} heads"),
         (
             "predictor",
