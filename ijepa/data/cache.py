@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ijepa.data import scene_layout, scenes, shapes
 from ijepa.data.sources import ArraySource, FileSource
 
-_CHUNK = 100  # images rendered by one task
+_CHUNK = 50  # images rendered by one task
 _MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a data set is held in memory
 
 
@@ -176,7 +177,9 @@ class _Rendered:
             if num_processes > 1 and len(chunks) > 2:
                 # Forked: a spawned process would run the caller's script again.
                 context = multiprocessing.get_context("fork")
-                pool = stack.enter_context(ProcessPoolExecutor(num_processes, context))
+                pool = stack.enter_context(
+                    ProcessPoolExecutor(num_processes, context, _leave_signals)
+                )
                 # Without this, Ctrl-C would wait until every chunk is rendered.
                 stack.callback(pool.shutdown, wait=False, cancel_futures=True)
                 done = pool.map(self.render, chunks)
@@ -212,6 +215,11 @@ class _Rendered:
         self.render(np.array([index]))
         with Image.open(path) as image:
             return np.asarray(image)
+
+
+def _leave_signals() -> None:
+    """Ctrl-C goes to the whole group; the process that waits for the pool deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _track(finished: Iterable[int], total: int, title: str, progress: bool) -> None:

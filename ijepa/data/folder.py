@@ -81,9 +81,9 @@ def _scan(root: Path) -> tuple[list[str], Counter]:
 
 
 def _labels_from_folders(paths: list[str]) -> tuple[dict, dict]:
-    first = [path.split(os.sep, 1)[0] if os.sep in path else None for path in paths]
-    names = sorted({name for name in first if name is not None})
-    if None in first or len(names) < 2:
+    first = [path.split(os.sep, 1)[0] for path in paths]
+    names = sorted(set(first))
+    if len(names) < 2 or not all(os.sep in path for path in paths):
         return {}, {}
     number = {name: position for position, name in enumerate(names)}
     return {"class": np.array([number[name] for name in first])}, {"class": names}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import resource
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -150,7 +152,7 @@ class Loader:
 
     def _data_loader(self) -> torch.utils.data.DataLoader:
         accumulate = self._steps.accumulate
-        steps = itertools.count(self._start_step * accumulate)
+        steps: Iterable[int] = itertools.count(self._start_step * accumulate)
         if self._end_step is not None:
             steps = range(self._start_step * accumulate, self._end_step * accumulate)
         workers = self._num_workers
@@ -208,10 +210,24 @@ class _StepDataset(torch.utils.data.Dataset):
 
 
 def _start_worker(worker: int) -> None:
-    """One thread a worker, and no say in how the run ends: the main process sees to that."""
+    """One thread a worker, and no say in how the run ends: the main process sees to that.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of one would
+    break the main process while it saves. But a worker must obey the SIGTERM of its own parent,
+    which is how multiprocessing ends the workers of an iterator nobody finished; ignoring that
+    one would leave the parent waiting for ever.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    """Wait for a SIGTERM from `parent`, then end this process."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _allow_open_files(needed: int) -> None:

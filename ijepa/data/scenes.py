@@ -16,9 +16,9 @@ import numpy as np
 from ijepa.data.scene_layout import BOUNDING, COLOURS, FIELD_OF_VIEW, Layouts, draw_layouts
 
 VERSION = 1
-_FLOOR = np.float32([0.50, 0.49, 0.48])  # linear reflectance
-_FILL_LIGHT = np.float32([-0.68, -0.59, 0.44])  # direction
-_SKY = np.float32([0.95, 0.97, 1.0])
+_FLOOR = np.array([0.50, 0.49, 0.48], dtype=np.float32)  # linear reflectance
+_FILL_LIGHT = np.array([-0.68, -0.59, 0.44], dtype=np.float32)  # direction
+_SKY = np.array([0.95, 0.97, 1.0], dtype=np.float32)
 _PALETTE = (np.array(list(COLOURS.values()), dtype=np.float32) / 255) ** 2.2  # linear
 _NOTHING = -1
 
@@ -250,7 +250,7 @@ def _like(vector: np.ndarray, other: np.ndarray) -> np.ndarray:
     return vector.reshape(3, *[1] * (other.ndim - 1))
 
 
-def _turn(vectors: np.ndarray, cosine: float, sine: float) -> np.ndarray:
+def _turn(vectors: np.ndarray, cosine: np.float32, sine: np.float32) -> np.ndarray:
     """Rotate (3, ...) about the vertical by minus the angle."""
     x, y, z = vectors
     return np.stack([cosine * x + sine * y, cosine * y - sine * x, z])

@@ -64,8 +64,11 @@ def _coverage(classes: np.ndarray, draws: np.ndarray, size: tuple[int, int]) -> 
         y = (rows - centre_y[members, None])[:, :, None]
         x = (columns - centre_x[members, None])[:, None, :]
         inside = _INSIDE[name](x * cosine + y * sine, y * cosine - x * sine)
-        blocks = inside.reshape(-1, height, _SUPERSAMPLING, width, _SUPERSAMPLING)
-        coverage[members] = blocks.mean(axis=(2, 4), dtype=np.float32)
+        # Slices are added, because numpy sums slowly over axes of four.
+        hits = inside.view(np.uint8)
+        hits = sum(hits[:, offset::_SUPERSAMPLING] for offset in range(_SUPERSAMPLING))
+        hits = sum(hits[:, :, offset::_SUPERSAMPLING] for offset in range(_SUPERSAMPLING))
+        coverage[members] = hits * step**2
     return coverage
 
 

@@ -128,9 +128,10 @@ class FileSource:
 
     def open(self, index: int) -> OpenedImage:
         size = self._cache.sizes.get(index)
-        if size is None:
-            return _FileImage(self, index, self._read(index))
-        return _FileImage(self, index, None, size)
+        if size is not None:
+            return _FileImage(self, index, size)
+        encoded = self._read(index)
+        return _FileImage(self, index, (encoded.height, encoded.width), encoded)
 
     def _read(self, index: int) -> EncodedImage:
         try:
@@ -147,11 +148,11 @@ class _FileImage:
         self,
         source: FileSource,
         index: int,
-        encoded: EncodedImage | None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, int],
+        encoded: EncodedImage | None = None,
     ):
         self._source, self._index, self._encoded = source, index, encoded
-        self.height, self.width = size or (encoded.height, encoded.width)
+        self.height, self.width = size
 
     def decode(self, reduce: int = 1) -> np.ndarray:
         # Keyed by `reduce`: what is in the cache must never change the pixels that come out.
