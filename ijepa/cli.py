@@ -45,6 +45,7 @@ RESUMABLE = (
     "monitor.every",
     "monitor.images",
     "monitor.evaluate",
+    "monitor.probe_images",
 )
 
 

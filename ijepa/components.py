@@ -24,7 +24,6 @@ from ijepa.model import IJEPA
 
 _SUBSET_STREAM = 0x5AB5E7
 _TRAINING_SET, _HELD_OUT_SET = 0, 1  # seeds of the procedural data sets, whatever the run's seed
-MAX_PROBE_IMAGES = 10_000  # that the closing probes are fitted on
 
 
 def choose_device(name: str) -> torch.device:
@@ -119,18 +118,16 @@ def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> Labe
     if not source.labels:
         return None
     view = viewing_transform(recipe)
-    held_out = recipe.data.num_held_out
+    held_out, fitted = recipe.data.num_held_out, recipe.monitor.probe_images
     if recipe.data.source == "folder":
         held_out = min(held_out, len(source) // 5)
-        images, labels = load_subset(source, view, MAX_PROBE_IMAGES + held_out)
+        images, labels = load_subset(source, view, fitted + held_out)
         parts = images[held_out:], images[:held_out]
         train_labels = {task: values[held_out:] for task, values in labels.items()}
         test_labels = {task: values[:held_out] for task, values in labels.items()}
         return LabelledImages(parts[0], train_labels, parts[1], test_labels)
     test = _build(recipe, held_out, _HELD_OUT_SET, progress)
-    return LabelledImages(
-        *load_subset(source, view, MAX_PROBE_IMAGES), *load_subset(test, view, held_out)
-    )
+    return LabelledImages(*load_subset(source, view, fitted), *load_subset(test, view, held_out))
 
 
 def _build(recipe: Recipe, num_images: int, seed: int, progress: bool) -> ImageSource:

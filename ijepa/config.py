@@ -351,15 +351,19 @@ class MonitorConfig:
         every: steps between panels; 0 turns them off.
         images: images a panel looks at.
         evaluate: end the run with probes beside a random network and raw pixels (needs labels).
+        probe_images: training images that the probes are fitted on, at most.
     """
 
     every: int = 250
     images: int = 512
     evaluate: bool = True
+    probe_images: int = 10_000
 
     def __post_init__(self):
         _require(self.every >= 0, f"every must not be negative, got {self.every}")
-        _require(self.images >= 2, f"images must be at least 2, got {self.images}")
+        for name in ("images", "probe_images"):
+            value = getattr(self, name)
+            _require(value >= 2, f"{name} must be at least 2, got {value}")
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ class RunProgress:
         """`step` steps are done, the last one with this loss and learning rate."""
         now = time.perf_counter()
         since, at_step = self._rate_from
+        if now - since >= 1.0 or at_step == self._first:
+            self.images_per_second = (step - at_step) * self._batch / max(now - since, 1e-9)
         if now - since >= 1.0:
-            self.images_per_second = (step - at_step) * self._batch / (now - since)
             self._rate_from = (now, step)
         if self._live is not None:
             rate = f"{self.images_per_second:,.0f}" if self.images_per_second else "-"

@@ -1,0 +1,81 @@
+"""What a run shows and writes while it goes on."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from ijepa.metrics import MetricsWriter, read_metrics
+from ijepa.progress import RunProgress, format_seconds
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    text = io.StringIO()
+    with RunProgress(Console(file=text, width=200), 100, 0, batch_size=8) as progress:
+        for step in range(1, 101):
+            progress.update(step, loss=1 / step, lr=1e-3)
+        progress.note("a [bracket] stays")
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 3  # the first, the last, the note; none in between within 20 s
+    assert lines[0].startswith("step 1/100  loss 1.0000  lr 1.00e-03")
+    assert lines[1].startswith("step 100/100  loss 0.0100") and lines[1].endswith("0:00 left")
+    assert lines[2] == "a [bracket] stays"
+
+
+def test_a_live_line_on_a_terminal():
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True, color_system=None)
+    with RunProgress(console, 100, 40, batch_size=8) as progress:
+        progress.update(41, loss=0.25, lr=5e-4)
+    shown = text.getvalue()
+    for part in ("step 41", "/100", "loss 0.2500", "lr 5.00e-04", "images/s", "left"):
+        assert part in shown
+
+
+def test_silence_without_a_console():
+    with RunProgress(None, 10, 0, batch_size=8) as progress:
+        progress.update(1, loss=1.0, lr=1.0)
+        progress.note("nobody hears this")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (90, "1:30"), (3700, "1:01:40"), (59.7, "1:00")]
+)
+def test_times_are_readable(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_metrics_go_on_after_the_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 7):
+        writer.write(step, {"loss": step / 10, "knn": None})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 7, "lo')  # killed in the middle of a line
+    writer = MetricsWriter(tmp_path, first_step=4)
+    writer.write(5, {"loss": 0.5})
+    writer.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[0] == {"step": 1, "loss": 0.1}
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.write(3, {"loss": 0.5})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_tensorboard_that_is_missing_is_explained(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ijepa\[tensorboard\]'"):
+        MetricsWriter(tmp_path, tensorboard=True)
