@@ -1,9 +1,10 @@
 """What the attention kernels share: head-dim pieces, launch table, tiles in and out of memory.
 
 `tl.arange` takes powers of two and a half-precision matrix product wants at least 16 of them, so a
-head of width D is cut into two pieces instead of padded to the next power of two: 80 = 64 + 16,
-88 = 64 + 32 (24 used), 24 = 16 + 16 (8 used). A product over D is the sum of two products; an
-output of width D is two tiles. A piece of width 0 is a tile of width 16 that no code touches.
+head of width D is cut into two pieces where they are narrower together than the next power of two:
+80 = 64 + 16, 88 = 64 + 32 (24 used), 40 = 32 + 16 (8 used); 24 is one piece of 32, as wide as
+16 + 16 and fewer registers. A product over D is the sum of two products; an output of width D is
+two tiles.
 """
 
 from __future__ import annotations
@@ -68,11 +69,10 @@ NO_LIMIT = 2**31 - 1
 
 def head_dim_pieces(head_dim: int) -> tuple[int, int]:
     """Powers of two, at least 16, that cover `head_dim`; the second is 0 where one is enough."""
-    if head_dim > 96:
-        return 128, 0
-    whole = max(round_up_to_power_of_two(head_dim + 1) // 2, 16)
-    rest = head_dim - whole
-    return whole, max(round_up_to_power_of_two(rest), 16) if rest > 0 else 0
+    padded = max(round_up_to_power_of_two(head_dim), 16)
+    main = padded // 2
+    rest = max(round_up_to_power_of_two(head_dim - main), 16)
+    return (main, rest) if main >= 16 and main + rest < padded else (padded, 0)
 
 
 def forward_config(
