@@ -93,6 +93,12 @@ def _draw_line(axis, metrics, name, title, color, marker=None, smooth=False) -> 
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         values = running_mean(values, max(len(values) // 40, 1))
     axis.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4)
+    _start_at_zero(axis)
+
+
+def _start_at_zero(axis) -> None:
+    """Small changes should look small."""
+    axis.set_ylim(0, max(1.06 * axis.get_ylim()[1], 1e-12))
 
 
 def _draw_loss(axis, metrics) -> None:
@@ -126,7 +132,7 @@ def _draw_knn(axis, metrics, chance: float | None) -> None:
         axis.axhline(100 * chance, color=_MUTED, linewidth=1, linestyle="--")
         axis.text(steps[-1], 100 * chance, "chance ", ha="right", va="bottom", color=_MUTED)
     axis.yaxis.set_major_formatter("{x:.0f} %")
-    axis.set_ylim(bottom=0)
+    _start_at_zero(axis)
 
 
 def _draw_masks(axis, picture: np.ndarray) -> None:
