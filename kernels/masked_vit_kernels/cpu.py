@@ -41,10 +41,17 @@ def _check_ids(ids: Tensor, count: int, name: str) -> None:
         raise IndexError(f"{name} holds {bad}, expected -1 or 0 to {count - 1}")
 
 
+def _may_be_padded(rows: Tensor) -> bool:
+    """Whether a row may be -1; a traced graph has to assume it."""
+    return torch.compiler.is_compiling() or bool((rows < 0).any())
+
+
 def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """(R, D), (K,) -> (K, D); zeros where the row is -1, even if row 0 holds NaN."""
     if x.shape[0] == 0:
         return x.new_zeros(rows.shape[0], x.shape[1])
+    if not _may_be_padded(rows):
+        return x.index_select(0, rows)
     taken = x.index_select(0, rows.clamp(min=0))
     return taken.masked_fill((rows < 0)[:, None], 0)
 

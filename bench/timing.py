@@ -1,0 +1,192 @@
+"""How the kernel benches time: every provider in turn, cold caches, medians, one table, one file.
+
+A provider is a function of one set of inputs that returns a callable without arguments. Each is
+given several sets in rotation, so that nothing of the last round is in the L2 cache. On a GPU one
+round is a CUDA-graph replay over all sets; a provider that cannot be captured is timed with events
+and marked "eager", its host time included. On a CPU a round is one call on one thread, timed by the
+process's clock. Rounds are interleaved, so that other load falls on every provider alike.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Provider = Callable[[dict], Callable[[], object]]
+
+ROUNDS = {"cpu": 11, "cuda": 30}
+L2_BYTES = 128 * 2**20  # more than any of today's: one rotation touches at least this much
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def devices() -> list[str]:
+    """Where a bench runs: the GPU if there is one, else the CPU."""
+    return ["cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def device_name(device: str) -> str:
+    """The name that results are filed under."""
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a large copy on the device, read plus write: the ceiling of the table."""
+    size = (1 if device == "cuda" else 2**-4) * 2**30
+    source = torch.empty(int(size), dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = _rounds({"copy": [lambda: target.copy_(source)]}, device)["copy"]
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def backward_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    """A provider's callable for the gradients of `function(*inputs)` alone."""
+    out = function(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    upstream = torch.ones_like(out)
+    return lambda: torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+
+
+def compare(
+    title: str,
+    providers: dict[str, Provider],
+    make_inputs: Callable[[], dict],
+    ideal_bytes: int,
+    device: str,
+    *,
+    tolerance: float = 2e-2,
+) -> dict[str, dict]:
+    """Check the providers against the first one, time them, print and file the table.
+
+    Args:
+        make_inputs: a fresh set of inputs; every provider gets the same sets.
+        ideal_bytes: what the op has to read and write at the least, once.
+        tolerance: relative to the largest value; None results are not compared.
+    """
+    rotations = max(2, min(8, -(-L2_BYTES // ideal_bytes))) if device == "cuda" else 2
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    if device == "cpu":
+        torch.set_num_threads(1)
+    with torch.cuda.stream(stream) if stream else torch.enable_grad():
+        sets = [make_inputs() for _ in range(rotations)]
+        calls = {name: [provider(s) for s in sets] for name, provider in providers.items()}
+        results = {name: functions[0]() for name, functions in calls.items()}
+        _assert_alike(title, results, tolerance)
+        del results
+        captured, eager = {}, set()
+        for name, functions in calls.items():
+            graph = _capture(functions, stream) if stream else None
+            captured[name] = [graph.replay] if graph else functions
+            if stream and graph is None:
+                eager.add(name)
+        seconds = _rounds(captured, device)
+        bandwidth = copy_bandwidth(device)
+
+    rows = {}
+    first = next(iter(providers))
+    for name, rounds in seconds.items():
+        per_call = [s / rotations for s in rounds] if device == "cuda" else rounds
+        median = statistics.median(per_call)
+        rows[name] = {
+            "us": 1e6 * median,
+            "us_p20": 1e6 * _percentile(per_call, 0.2),
+            "us_p80": 1e6 * _percentile(per_call, 0.8),
+            "gigabytes_per_second": ideal_bytes / median / 1e9,
+            "share_of_copy": ideal_bytes / median / bandwidth,
+            "eager": name in eager,
+        }
+    print(f"\n{title}: {ideal_bytes / 1e6:.1f} MB at the least, copy {bandwidth / 1e9:.0f} GB/s")
+    for name, row in rows.items():
+        row["ratio"] = row["us"] / rows[first]["us"]
+        print(
+            f"  {name:34} {row['us']:10.1f} us {row['gigabytes_per_second']:8.1f} GB/s"
+            f" {100 * row['share_of_copy']:5.1f} % of copy {row['ratio']:6.2f}x"
+            f"{'  (events, host time included)' if row['eager'] else ''}"
+        )
+    _save(title, device, bandwidth, rows)
+    return rows
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return sorted(values)[round(share * (len(values) - 1))]
+
+
+def _assert_alike(title: str, results: dict[str, object], tolerance: float) -> None:
+    """Every provider computes what the first one does."""
+    (first, expected), *others = results.items()
+    expected = [expected] if isinstance(expected, Tensor) else list(expected)
+    for name, found in others:
+        found = [found] if isinstance(found, Tensor) else list(found)
+        for a, b in zip(found, expected, strict=True):
+            reach = b.abs().max().item() or 1.0
+            error = (a.float().reshape(b.shape) - b.float()).abs().max().item() / reach
+            assert error <= tolerance, f"{title}: {name} differs from {first} by {error:.3g}"
+
+
+def _capture(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+    """All functions as one CUDA graph, or None where they cannot be captured."""
+    for _ in range(3):
+        for function in functions:
+            function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for function in functions:
+                function()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def _rounds(functions: dict[str, list[Callable]], device: str) -> dict[str, list[float]]:
+    """Seconds of every round of every provider, interleaved; the first two rounds are dropped.
+
+    A provider with several callables takes them in turn on the CPU, and all of them in a GPU round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(ROUNDS[device] + 2):
+        for name, callables in functions.items():
+            if device == "cpu":
+                start = time.process_time()
+                callables[number % len(callables)]()
+                seconds[name].append(time.process_time() - start)
+                continue
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for function in callables:
+                function()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3)
+    return {name: rounds[2:] for name, rounds in seconds.items()}
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+def _save(title: str, device: str, bandwidth: float, rows: dict[str, dict]) -> None:
+    """Add a table to the token ops' results of this device."""
+    path = RESULTS / f"token_ops-{device_name(device).replace(' ', '-')}.json"
+    path.parent.mkdir(exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[title] = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "copy_gigabytes_per_second": bandwidth / 1e9,
+        "providers": rows,
+    }
+    path.write_text(json.dumps(results, indent=2) + "\n")
