@@ -153,7 +153,7 @@ def test_outputs_are_written_and_nothing_else():
 
     weight, out = torch.randn(40, 592), poisoned(packed.packing.capacity, 40)
     patch_embed_kernels.fused_patch_embed_launch(
-        images, None, None, weight, None, None, index, (14, 14), out.tensor
+        images, None, None, weight, None, None, index, (14, 14), out.tensor, 90
     ).run()
     assert_accurate("fused", out.check(), expected.double() @ weight[:, :588].double().t())
 

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from masked_vit_kernels import cpu
-from masked_vit_kernels.launch import check_dtype, check_same_device
+from masked_vit_kernels.launch import check_dtype, check_same_device, table_capability
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.patch_embed_kernels import (
     IMAGE_DTYPES,
@@ -206,8 +206,9 @@ def fused_patch_embed(
     index = RowIndex(indices, sequence_ids, rows_per_image, sequences_per_image)
     out = _empty_tokens(images, weight, indices, rows_per_image)
     fused_patch_embed_launch(
-        images, mean, std, weight.contiguous(), bias, position, index, (ph, pw), out
-    ).run()
+        images, mean, std, weight.contiguous(), bias, position, index, (ph, pw), out,
+        table_capability(images.device),
+    ).run()  # fmt: skip
     return out
 
 
