@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from small_runs import SETTINGS, small_arguments, small_recipe
 
 from ijepa import cli
@@ -151,3 +152,22 @@ def test_a_bad_setting_is_refused_without_loading_torch():
         "sys.exit(10 * code + ('torch' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 10
+
+
+def test_a_folder_of_ones_own(tmp_path, capsys):
+    for number in range(20):
+        folder = tmp_path / "photos" / ("bright" if number % 2 else "dark")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256 if number % 2 else 40, (18 + number, 25, 3))
+        Image.fromarray(pixels.byte().numpy()).save(folder / f"{number}.png")
+    (tmp_path / "photos" / "dark" / "broken.png").write_bytes(b"not an image")
+    settings = {"data__source": "folder", "data__path": str(tmp_path / "photos")}
+    # three steps of seven: all of the 21 files are met
+    arguments = small_arguments(
+        "run", train__steps=3, train__batch_size=7, monitor__evaluate=True, **settings
+    )
+    assert cli.main(["pretrain", *arguments]) == 0
+    summary = (tmp_path / "run" / "summary.md").read_text()
+    assert "held-out images (class)" in summary
+    assert "broken.png" in summary.split("## Incidents")[1]
+    assert "raw pixels" in capsys.readouterr().out
