@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +144,22 @@ def test_workers_are_single_threaded_and_deaf_to_signals(source):
 
     loader = build_loader(source, nosy, TRANSFORM, batch_size=4, seed=0, num_workers=1, end_step=3)
     assert [batch.masks.draws.item() for batch in loader] == [1, 1, 1]
+
+
+def test_an_unfinished_iterator_does_not_keep_the_process(source):
+    """At exit multiprocessing sends SIGTERM to the workers and waits for them."""
+    script = """
+import numpy as np
+from ijepa.data import ArraySource, Squash, build_loader
+source = ArraySource(np.zeros((8, 4, 4, 3), dtype=np.uint8))
+loader = build_loader(
+    source, lambda *, keys: None, Squash((4, 4)), batch_size=2, seed=0, num_workers=2
+)
+batches = iter(loader)
+print(next(batches).step)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == b"0\n", done.stderr.decode()
 
 
 def test_endless_without_an_end_step(source):

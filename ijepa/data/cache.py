@@ -108,8 +108,14 @@ def procedural_source(
         raise ValueError(f"num_images and image_size must be at least 1, got {count} and {size}")
     folder = f"{name}-v{procedure.version}-{count}x{size[0]}x{size[1]}-seed{seed}"
     rendered = _Rendered(procedure, count, size, seed, _root(cache_dir) / folder)
-    rendered.complete(num_processes or len(os.sched_getaffinity(0)), progress)
+    rendered.complete(num_processes or _cores(), progress)
     return rendered.source()
+
+
+def _cores() -> int:
+    """Cores this process may use, as far as the platform tells."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _root(cache_dir: str | os.PathLike | None) -> Path:

@@ -8,6 +8,7 @@ resumed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -146,7 +147,9 @@ class Loader:
         self.unreadable = UnreadableImages()
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        for batch, unreadable in self._data_loader():
+        with _blocked(signal.SIGTERM):  # the workers inherit this, see _start_worker
+            batches = iter(self._data_loader())
+        for batch, unreadable in batches:
             self.unreadable.add(self._steps.source, unreadable)
             yield batch
 
@@ -215,12 +218,15 @@ def _start_worker(worker: int) -> None:
     Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of one would
     break the main process while it saves. But a worker must obey the SIGTERM of its own parent,
     which is how multiprocessing ends the workers of an iterator nobody finished; ignoring that
-    one would leave the parent waiting for ever.
+    one would leave the parent waiting for ever. So SIGTERM is blocked from before the fork on, in
+    every thread that libraries may start, and one thread looks at who sent it.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM ends the worker
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _obey_parent(parent: int) -> None:
@@ -228,6 +234,16 @@ def _obey_parent(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Keep a signal waiting in this thread and in what it starts meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _allow_open_files(needed: int) -> None:
