@@ -112,6 +112,18 @@ def test_nothing_but_padding():
     assert not out.any() and not qkv.grad.any() and bool((lse == -torch.inf).all())
 
 
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_gradients_with_either_kind_of_product(product_dtype, monkeypatch):
+    """CPUs with bfloat16 products take another path than those without."""
+    monkeypatch.setattr(cpu_attention, "_matmul_dtype", lambda dtype: product_dtype)
+    bounds = cu([33, 0, 30, 64])
+    qkv = torch.stack([padded(127, 2, 32, torch.bfloat16) for _ in range(3)], 1).requires_grad_()
+    grad = padded(127, 2, 32, torch.bfloat16)
+    cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 64).backward(grad)
+    wanted = oracle(*qkv.unbind(1), grad, bounds, bounds)
+    assert_close(qkv.grad, torch.stack(wanted[2:], 1), torch.bfloat16)
+
+
 @pytest.mark.parametrize("bounds", [[1, 4], [0, 5, 3], [0, 22]], ids=str)
 def test_bad_bounds_are_named(bounds):
     qkv, bounds = torch.randn(21, 3, 2, 8), torch.tensor(bounds, dtype=torch.int32)
