@@ -1,4 +1,4 @@
-"""The command line: `ijepa pretrain | doctor`."""
+"""The command line: `ijepa pretrain | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa pretrain [RECIPE] [--table.key VALUE ...]   train; RECIPE is a name or a TOML file
   ijepa pretrain [RECIPE] --help                    all settings with their values there
   ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
+  ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
 
 recipes: {recipes}
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain_command(arguments: list[str]) -> int:
     """`ijepa pretrain [RECIPE] [--resume RUN_FOLDER] [--table.key VALUE ...]`."""
-    resume, arguments = _take_option(arguments, "--resume")
+    resume, arguments = _take_option(arguments, "--resume", "a run's folder")
     name = None
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
@@ -89,6 +90,34 @@ def pretrain_command(arguments: list[str]) -> int:
     return 0
 
 
+def plan_command(arguments: list[str]) -> int:
+    """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
+    gpus, arguments = _take_option(arguments, "--gpus")
+    gpu, arguments = _take_option(arguments, "--gpu")
+    mfu, arguments = _take_option(arguments, "--mfu")
+    num_images, arguments = _take_option(arguments, "--num-images")
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(
+            "ijepa plan needs a recipe: ijepa plan RECIPE [--gpus 8] [--gpu h200] [--mfu 0.5] "
+            f"[--num-images N]; recipes: {', '.join(recipe_names())}"
+        )
+    name, *arguments = arguments
+    given = _given_settings(arguments)
+    recipe = _override(load_recipe(name, cleared_alternatives(given)), arguments, name)
+
+    from ijepa.plan import plan_recipe, render_plan
+
+    plan = plan_recipe(
+        recipe,
+        gpu=gpu or "h200",
+        gpus=_number("--gpus", gpus, int),
+        mfu=_number("--mfu", mfu, float),
+        num_images=_number("--num-images", num_images, int),
+    )
+    Console().print(render_plan(plan))
+    return 0
+
+
 def doctor_command(arguments: list[str]) -> int:
     """`ijepa doctor`."""
     if arguments:
@@ -99,7 +128,7 @@ def doctor_command(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"pretrain": pretrain_command, "doctor": doctor_command}
+COMMANDS = {"pretrain": pretrain_command, "plan": plan_command, "doctor": doctor_command}
 
 
 def _resumed(folder: str, name: str | None, arguments: list[str]):
@@ -161,12 +190,22 @@ def _given_settings(arguments: list[str]) -> list[str]:
     return given
 
 
-def _take_option(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+def _number(option: str, text: str | None, kind: type):
+    """The value of a numeric option, None where it is not given."""
+    try:
+        return None if text is None else kind(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise ValueError(f"{option} must be a number, got {text!r}") from None
+
+
+def _take_option(
+    arguments: list[str], option: str, what: str = "a value"
+) -> tuple[str | None, list[str]]:
     """Value of `--option VALUE` or `--option=VALUE`, and the arguments without it."""
     for place, argument in enumerate(arguments):
         if argument == option:
             if place + 1 == len(arguments):
-                raise ValueError(f"{option} needs a run's folder")
+                raise ValueError(f"{option} needs {what}")
             return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2], arguments[:place] + arguments[place + 1 :]

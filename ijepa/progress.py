@@ -14,9 +14,21 @@ class RunProgress:
     """Step, loss, learning rate, images/s and time left of a run.
 
     Use as a context manager. Nothing is shown where `console` is None (ranks other than the first).
+
+    Args:
+        images_per_second_at_peak: what the GPUs' whole matmul rate would make of this step; the
+            share of it reached (MFU) is then shown too. None where it is not known.
     """
 
-    def __init__(self, console: Console | None, total_steps: int, first_step: int, batch_size: int):
+    def __init__(
+        self,
+        console: Console | None,
+        total_steps: int,
+        first_step: int,
+        batch_size: int,
+        images_per_second_at_peak: float | None = None,
+    ):
+        self._at_peak = images_per_second_at_peak
         self._console = console
         self._total, self._first, self._batch = total_steps, first_step, batch_size
         self._started = self._last_line = time.perf_counter()
@@ -29,7 +41,7 @@ class RunProgress:
                 BarColumn(bar_width=None),
                 TextColumn("loss [bold cyan]{task.fields[loss]}[/]"),
                 TextColumn("lr {task.fields[lr]}"),
-                TextColumn("{task.fields[rate]} images/s"),
+                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
                 TextColumn("[dim]left[/]"),
                 TimeRemainingColumn(),
@@ -58,7 +70,7 @@ class RunProgress:
         if now - since >= 1.0:
             self._rate_from = (now, step)
         if self._live is not None:
-            rate = f"{self.images_per_second:,.0f}" if self.images_per_second else "-"
+            rate = self._rate() if self.images_per_second else "- images/s"
             self._live.update(
                 self._task, completed=step, loss=f"{loss:.4f}", lr=f"{lr:.2e}", rate=rate
             )
@@ -69,9 +81,20 @@ class RunProgress:
                 left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
                 self._console.print(
                     f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  "
-                    f"{self.images_per_second:,.0f} images/s  {format_seconds(left)} left",
+                    f"{self._rate()}  {format_seconds(left)} left",
                     highlight=False,
                 )
+
+    def mfu(self) -> float | None:
+        """Share of the GPUs' matmul rate that the run reaches, None where either is not known."""
+        if not self.images_per_second or self._at_peak is None:
+            return None
+        return self.images_per_second / self._at_peak
+
+    def _rate(self) -> str:
+        share = self.mfu()
+        shown = f"{self.images_per_second:,.0f} images/s"
+        return shown if share is None else f"{shown} ({share:.0%} MFU)"
 
     def note(self, text: str) -> None:
         """A line that stays, above the live display."""

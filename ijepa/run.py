@@ -21,6 +21,7 @@ from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
 from ijepa.metrics import MetricsWriter
 from ijepa.monitor import Panel, collapse_panel
+from ijepa.plan import flops_per_image, known_gpu
 from ijepa.progress import RunProgress
 from ijepa.recipes import recipe_to_dict
 from ijepa.report import RunReport, write_report
@@ -109,7 +110,11 @@ class Run:
         )
         self.metrics = self._open_metrics()
         self.progress = RunProgress(
-            console, recipe.train.steps, self.first_step, recipe.train.batch_size
+            console,
+            recipe.train.steps,
+            self.first_step,
+            recipe.train.batch_size,
+            images_per_second_at_peak=images_per_second_at_peak(recipe, device),
         )
         self._panel_images: tuple[Tensor, Tensor | None] | None = None
 
@@ -288,6 +293,14 @@ class Run:
         )
         generator = torch.Generator().manual_seed(self.recipe.train.seed)
         return draw_mask_examples(images, sampler(len(images), generator=generator))
+
+
+def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | None:
+    """What the matmul rate of all ranks' GPUs would allow, None where it is not known."""
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
+        return None
+    return distributed.world_size() * gpu.teraflops * 1e12 / flops_per_image(recipe)
 
 
 def new_run_folder(recipe: Recipe) -> Path:

@@ -1,0 +1,132 @@
+"""Floating-point operations of one training step, part by part.
+
+Counted as everyone counts them: a multiply and an add are two operations, matrix products only,
+and nothing that is computed twice on purpose (recomputed softmax, activation checkpointing).
+A linear layer's backward costs twice its forward; the patch embedding's only once, since pixels
+need no gradient. The attention over a sequence of n queries and m keys costs 4 n m D forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ijepa.config import ModelConfig
+from ijepa.mask_batch import MaskBatch
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Means over images of the lengths a step works on. "pairs" are queries times keys.
+
+    Attributes:
+        images: images the means were taken over.
+        context, targets, union, predictor: tokens of an image; targets counts overlaps.
+        context_pairs, target_pairs, predictor_pairs: of self-attention.
+        pruned_predictor_pairs: the last block's, where only target rows are queries.
+    """
+
+    images: int
+    context: float
+    targets: float
+    union: float
+    predictor: float
+    context_pairs: float
+    target_pairs: float
+    predictor_pairs: float
+    pruned_predictor_pairs: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of an image: forward, and forward plus backward."""
+
+    forward: float
+    total: float
+
+
+def count_tokens(masks: MaskBatch) -> TokenCounts:
+    """Lengths of the masks' sequences; draw a few hundred images for a stable mean."""
+    images = masks.batch_size
+    context = np.diff(masks.context_packing.cu_seqlens.numpy()).astype(np.float64)
+    targets = np.diff(masks.target_packing.cu_seqlens.numpy()).astype(np.float64)
+    predictor = np.diff(masks.predictor_packing.cu_seqlens.numpy()).astype(np.float64)
+    return TokenCounts(
+        images=images,
+        context=context.sum() / images,
+        targets=targets.sum() / images,
+        union=float(masks.target_union_packing.cu_seqlens[-1]) / images,
+        predictor=predictor.sum() / images,
+        context_pairs=(context**2).sum() / images,
+        target_pairs=(targets**2).sum() / images,
+        predictor_pairs=(predictor**2).sum() / images,
+        pruned_predictor_pairs=(targets * predictor).sum() / images,
+    )
+
+
+def step_flops(config: ModelConfig, tokens: TokenCounts) -> dict[str, Flops]:
+    """Operations an image costs in a step: keys "target", "context" and "predictor"."""
+    context_embed = _embedding(config, tokens.context)
+    context_blocks = config.depth * _block(config, tokens.context, tokens.context_pairs)
+    width = config.predictor_width
+    predictor = (
+        2 * tokens.context * config.width * width
+        + _predictor_blocks(config, tokens)
+        + 2 * tokens.targets * width * config.target_width
+    )
+    return {
+        "target": _target(config, tokens),
+        "context": Flops(context_embed + context_blocks, 2 * context_embed + 3 * context_blocks),
+        "predictor": Flops(predictor, 3 * predictor),
+    }
+
+
+def _target(config: ModelConfig, tokens: TokenCounts) -> Flops:
+    """The target encoder's forward; nothing for pixel targets."""
+    if config.target == "pixels":
+        return Flops(0.0, 0.0)
+    if config.target_masking == "input":
+        forward = _embedding(config, tokens.targets) + config.depth * _block(
+            config, tokens.targets, tokens.target_pairs
+        )
+        return Flops(forward, forward)
+    patches = config.num_patches
+    forward = _embedding(config, patches) + (config.depth - 1) * _block(config, patches, patches**2)
+    if config.prune_target:
+        forward += _pruned_block(config, patches, tokens.union, tokens.union * patches)
+    else:
+        forward += _block(config, patches, patches**2)
+    return Flops(forward, forward)
+
+
+def _predictor_blocks(config: ModelConfig, tokens: TokenCounts) -> float:
+    width = config.predictor_width
+    full = _block(config, tokens.predictor, tokens.predictor_pairs, width)
+    if not config.prune_predictor:
+        return config.predictor_depth * full
+    return (config.predictor_depth - 1) * full + _pruned_block(
+        config, tokens.predictor, tokens.targets, tokens.pruned_predictor_pairs, width
+    )
+
+
+def _embedding(config: ModelConfig, tokens: float) -> float:
+    """Forward of the patch embedding."""
+    pixels = config.channels * config.patch_size[0] * config.patch_size[1]
+    return 2 * tokens * pixels * config.width
+
+
+def _block(config: ModelConfig, tokens: float, pairs: float, width: int | None = None) -> float:
+    """Forward of one transformer block."""
+    return _pruned_block(config, tokens, tokens, pairs, width)
+
+
+def _pruned_block(
+    config: ModelConfig, keys: float, queries: float, pairs: float, width: int | None = None
+) -> float:
+    """Forward of a block whose keys and values come from all tokens, all else from `queries`."""
+    width = config.width if width is None else width
+    hidden = round(width * config.mlp_ratio)
+    per_query = 2 * (2 * width * width + 2 * width * hidden)  # query, projection, MLP
+    per_key = 2 * 2 * width * width  # key and value
+    return queries * per_query + keys * per_key + 4 * pairs * width
