@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from masked_vit_kernels import AdamWEMA, adamw_ema, reference
+from masked_vit_kernels import AdamWEMA, adamw_ema, adamw_ema_launch, audit, reference
 from masked_vit_kernels.adamw_ema_launch import NOT_UPLOADED, DeviceTables
 from masked_vit_kernels.multi_tensor import TILE, tile_map
 from torch import nn
@@ -300,3 +300,24 @@ def test_a_parameter_over_2_to_31_elements_on_a_gpu():
     assert float(p[-1]) == pytest.approx(-1.0, rel=1e-2)
     assert int(p.count_nonzero()) == 1
     assert float(optimizer.grad_norm) == 1.0
+
+
+@pytest.mark.audit
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_full_tiles_are_read_and_written_16_bytes_at_a_time(name):
+    """Of p, m, v and the target each, one float32 load and one store of 16 bytes a trip; bfloat16
+    gradients and weights go 8 bytes at a time, and nothing passes through the stack."""
+    cases = {case.name: case.launch for case in adamw_ema_launch.audit_cases(90)}
+    compiled = audit.compile_launch(cases[f"adamw_ema update {name}"], 90)
+    code = audit.disassemble(compiled.asm["cubin"])
+    opcodes = [opcode for _, opcode, _ in audit.parse_instructions(code)]
+
+    def count(prefix: str, width: str) -> int:
+        return sum(opcode.startswith(prefix) and width in opcode for opcode in opcodes)
+
+    if name == "float32":  # the gradient too
+        assert (count("LDG", ".128"), count("STG", ".128")) == (5, 4)
+    else:
+        assert (count("LDG", ".128"), count("STG", ".128")) == (4, 4)
+        assert count("STG", ".64") == 2
+    assert count("LDL", "") == count("STL", "") == 0

@@ -117,7 +117,7 @@ def _update(master, shadow, gradient, exp_avg, exp_avg_sq, target, target_shadow
     if shadow is not None:
         shadow.copy_(weight)
     if target is not None:
-        average = torch.lerp(target, weight, ema_rate)
+        average = target + ema_rate * (weight - target)
         target.copy_(average)
         if target_shadow is not None:
             target_shadow.copy_(average)

@@ -47,8 +47,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """(numel,) view of a dense tensor in the order of its memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    """(numel,) alias of a dense tensor in the order of its memory, unknown to autograd.
+
+    `.data` drops the link to the base, on whose shape compiled code would otherwise depend.
+    """
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).data
 
 
 class FlatView:
