@@ -189,6 +189,19 @@ def test_scatter_trusts_no_stale_entry_of_its_map():
 
 
 @pytest.mark.interpreter
+def test_batch_without_a_token():
+    ids, packing = torch.empty(0, dtype=torch.int64), pack_lengths([0, 0])
+    x = torch.randn(2, NUM_TOKENS, 16, requires_grad=True)
+    fill = torch.randn(16, requires_grad=True)
+    rows = gather_tokens(x, ids, packing)
+    back = scatter_tokens(rows, ids, fill, NUM_TOKENS, packing)
+    assert torch.equal(back, fill.expand(2, NUM_TOKENS, 16))
+    back.sum().backward()
+    assert not x.grad.any()
+    assert torch.equal(fill.grad, torch.full((16,), 2.0 * NUM_TOKENS))
+
+
+@pytest.mark.interpreter
 def test_ids_out_of_range_are_padding_to_the_kernels():
     x = torch.randn(2, 5, 16)
     ids = torch.tensor([[0, 5, 4], [-7, 1, 2**31 - 1]])

@@ -144,8 +144,10 @@ def test_outputs_are_written_and_nothing_else():
     index = row_index(packed.ids, packed.packing, 3)
     images = random_images(3, 3, (14, 14), (2, 3), torch.uint8)
     rows = poisoned(packed.packing.capacity, 592)
-    patch_embed_kernels.patch_rows_launch(images, None, None, index, (14, 14), rows.tensor).run()
-    patches = reference.extract_patches(images, (14, 14)).float() / 255
+    mean, std = torch.tensor(MEAN[:3]), torch.tensor(STD[:3])
+    patch_embed_kernels.patch_rows_launch(images, mean, std, index, (14, 14), rows.tensor).run()
+    patches = reference.normalize_images(images, mean, std)
+    patches = reference.extract_patches(patches, (14, 14))
     expected = reference.gather_tokens(patches, packed.ids, packed.packing)
     assert_accurate("patch rows", rows.check()[:, :588], expected.double())
     assert not rows.tensor[:, 588:].any(), "columns past the pixels must be zero: K' > K"
@@ -153,7 +155,7 @@ def test_outputs_are_written_and_nothing_else():
 
     weight, out = torch.randn(40, 592), poisoned(packed.packing.capacity, 40)
     patch_embed_kernels.fused_patch_embed_launch(
-        images, None, None, weight, None, None, index, (14, 14), out.tensor, 90
+        images, mean, std, weight, None, None, index, (14, 14), out.tensor, 90
     ).run()
     assert_accurate("fused", out.check(), expected.double() @ weight[:, :588].double().t())
 
@@ -165,6 +167,17 @@ def test_outputs_are_written_and_nothing_else():
     assert torch.equal(grad_x.check()[: packed.total], grad[: packed.total])
     exact = grad[: packed.total].double().sum(0)
     assert_accurate("bias gradient", partial.check().sum(0), exact)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("fused", [False, True])
+def test_batch_without_a_patch(fused):
+    parameters = [torch.randn(*s, requires_grad=True) for s in ((16, 3, 4, 4), (16,), (6, 16))]
+    images, nothing = random_images(2, 3, (4, 4), (2, 3), torch.uint8), packed_ids([0, 0], 6)
+    out = embed_visible_patches(images, *parameters, nothing.ids, nothing.packing, fused=fused)
+    assert not out.any()
+    for grad in gradients(out, parameters, torch.full_like(out, float("nan"))):
+        assert not grad.any()
 
 
 @pytest.mark.interpreter

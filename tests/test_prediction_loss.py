@@ -91,6 +91,17 @@ def test_no_valid_row_gives_zero():
 
 
 @pytest.mark.interpreter
+def test_no_row_at_all():
+    predictions = torch.empty(0, 16, requires_grad=True)
+    loss = latent_prediction_loss(
+        predictions, torch.randn(3, 16), torch.empty(0, dtype=torch.int64)
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert predictions.grad.shape == (0, 16)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_in_a_valid_row_reaches_loss_and_gradient(kind):
     predictions, features = torch.randn(4, 16), torch.randn(3, 16)

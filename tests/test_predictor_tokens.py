@@ -98,6 +98,15 @@ def test_outputs_are_written_and_nothing_else():
 
 
 @pytest.mark.interpreter
+def test_batch_without_a_token():
+    floats, ids, packing = predictor_case([0, 0], [0] * 4, 9, 24, torch.float32)
+    out = assemble_predictor_tokens(*floats, *ids, packing)
+    assert not out.any()
+    for grad in gradients(out, floats, torch.full_like(out, float("nan"))):
+        assert not grad.any()
+
+
+@pytest.mark.interpreter
 def test_context_views_and_frozen_positions():
     floats, ids, packing = predictor_case([3, 2], [2, 1, 3, 0], 9, 40, torch.float32)
     wide = torch.randn(floats[0].shape[0], 80, requires_grad=True)
