@@ -90,6 +90,7 @@ class AdamWEMA(torch.optim.Optimizer):
         _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm)
         self._plan: Plan | None = None
         self._tables: DeviceTables | None = None
+        self._captured: list[tuple[Plan, DeviceTables]] = []
         self.momentum = momentum
         self.max_grad_norm = max_grad_norm
         self.process_group = process_group
@@ -233,6 +234,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("_captured", [])
         self._plan = None
 
     def _parameters(self) -> list[Tensor]:
@@ -334,6 +336,7 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> None:
         tables = self._device_tables(plan, gradients)
         if _is_capturing():
+            self._captured.append((plan, tables))  # a graph keeps no memory alive by itself
             tables.copy_tensor_values(self._group_values(), self.momentum)
         else:
             tables.upload(self._group_values(), self.momentum, self.max_grad_norm)

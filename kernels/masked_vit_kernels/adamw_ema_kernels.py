@@ -100,7 +100,7 @@ def _gradient_norm_kernel(
     tl.store(partials_ptr + tile, tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["loss_ptr"])
 def _decide_kernel(
     partials_ptr,  # (num_partials,) float32 or float64 sums of squares
     num_partials,

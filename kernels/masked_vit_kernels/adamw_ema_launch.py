@@ -150,7 +150,8 @@ class DeviceTables:
         self.table = _pointer_table(slots).to(device)
         groups = [slot.group for slot in slots]
         self.groups = torch.tensor(groups, dtype=torch.int32, device=device)
-        rows = (1 + MAX_CAPTURES, len(slots))
+        # Even rows keep every row 16-byte aligned: all run the kernel variant compiled first.
+        rows = (1 + MAX_CAPTURES, len(slots) + len(slots) % 2)
         self.gradients = torch.full(rows, NOT_UPLOADED, dtype=torch.int64, device=device)
         self.partials = torch.zeros(max(len(tiles), 1), device=device)
         self.coefficients = torch.zeros(len(slots), COEFFICIENTS.value, device=device)
@@ -179,7 +180,7 @@ class DeviceTables:
                 self._captured_rows[self._rows_on_device], torch.int64, self.hyper.device
             )
             self._rows_on_device += 1
-            self.gradients[self._rows_on_device].copy_(row, non_blocking=True)
+            self.gradients[self._rows_on_device, : len(row)].copy_(row, non_blocking=True)
 
     def copy_tensor_values(self, groups: Sequence[GroupValues], momentum: float | Tensor) -> None:
         """Hyper-parameters given as tensors, copied on the device (in a capture: by the graph)."""
@@ -193,11 +194,11 @@ class DeviceTables:
         column = addresses(gradients)
         if not capturing:
             host = _on_host(column, torch.int64, self.hyper.device)
-            return self.gradients[0].copy_(host, non_blocking=True)
+            return self.gradients[0, : len(column)].copy_(host, non_blocking=True)
         if len(self._captured_rows) == MAX_CAPTURES:
             raise RuntimeError(f"at most {MAX_CAPTURES} graphs can hold a step of one AdamWEMA")
         self._captured_rows.append(column)
-        return self.gradients[len(self._captured_rows)]
+        return self.gradients[len(self._captured_rows), : len(column)]
 
     def sum_squares(self, gradients: Tensor) -> Tensor:
         """Launch (a). `gradients`: (P,) addresses -> (number of tiles,) float32."""
