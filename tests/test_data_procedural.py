@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa.data import procedural_source, scene_layout, shapes
+from ijepa.data import procedural_source, scene_layout, scenes, shapes
 from ijepa.data.scene_layout import draw_layouts, scene_labels
 from ijepa.data.scenes import render_scenes
 from ijepa.data.shapes import render_shapes, shape_labels
@@ -123,13 +123,13 @@ def test_every_object_of_a_scene_is_seen():
     assert total > 30 and seen == total
 
 
-@pytest.mark.parametrize("name", ["shapes", "scenes"])
-def test_cache_is_written_once_and_read_again(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(("name", "module"), [("shapes", shapes), ("scenes", scenes)])
+def test_cache_is_written_once_and_read_again(tmp_path, name, module, monkeypatch):
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path))
     source = procedural_source(name, num_images=30, image_size=(16, 20), num_processes=1)
     assert len(source) == 30 and source.images.shape == (30, 16, 20, 3)
     folder = next(tmp_path.iterdir())
-    assert folder.name == f"{name}-v1-30x16x20-seed0"
+    assert folder.name == f"{name}-v{module.VERSION}-30x16x20-seed0"
     assert len(list((folder / "images").glob("*.png"))) == 30
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     again = procedural_source(name, num_images=30, image_size=(16, 20))

@@ -2,7 +2,9 @@
 
 Colours, gradients, rotation, place, size and noise are drawn without regard to the class, and the
 shapes of all classes cover the same area, so that nothing about the colours of an image, neither
-their mean nor their histogram, says which shape it shows.
+their mean nor their histogram, says which shape it shows. A shape is lighter than its ground: with
+either polarity a network has to find edges irrespective of their sign before it can find shapes,
+and small ones spend most of a short run on that.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import numpy as np
 from ijepa.counter_rng import derive_keys, random_bits, uniform
 
 NAMES = ("disc", "ring", "square", "frame", "triangle", "star", "cross", "moon", "bars", "dots")
-VERSION = 1
+VERSION = 2
 _STREAM = 101
 _SUPERSAMPLING = 4  # subpixels a side
 _CANDIDATES = 8  # foreground colours tried for enough contrast
-_CONTRAST = 0.5  # least distance of the two colours in the unit RGB cube
+_CONTRAST = 0.3  # least difference of the two colours' luma
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def shape_labels(indices: np.ndarray, size: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
@@ -45,9 +48,9 @@ def _coverage(classes: np.ndarray, draws: np.ndarray, size: tuple[int, int]) -> 
     """Share of each pixel inside the shape: (n,), (n, 4) -> (n, H, W) float32."""
     height, width = size
     shorter = min(size)
-    radius = shorter * (0.19 + 0.09 * draws[:, 0])  # of the disc; the others have its area
-    centre_y = height / 2 + 0.2 * height * (draws[:, 1] - 0.5)
-    centre_x = width / 2 + 0.2 * width * (draws[:, 2] - 0.5)
+    radius = shorter * (0.2 + 0.11 * draws[:, 0])  # of the disc; the others have its area
+    centre_y = height / 2 + 0.15 * height * (draws[:, 1] - 0.5)
+    centre_x = width / 2 + 0.15 * width * (draws[:, 2] - 0.5)
     angle = 2 * math.pi * draws[:, 3]
     step = np.float32(1 / _SUPERSAMPLING)
     rows = (np.arange(height * _SUPERSAMPLING, dtype=np.float32) + 0.5) * step
@@ -75,14 +78,14 @@ def _coverage(classes: np.ndarray, draws: np.ndarray, size: tuple[int, int]) -> 
 def _colours(ground_draws, tint_draws, candidate_draws) -> tuple[np.ndarray, np.ndarray]:
     """Two ends of a gradient for the ground and for the shape: (n, 2, 3) each, within 0 to 1.
 
-    The shape takes the first of the candidates that is far enough from the ground, or the
-    farthest. Ground and candidates are uniform, so on average the two have the same colour.
+    The shape takes the first of the candidates that is lighter than the ground by the contrast,
+    or the lightest.
     """
-    ground = 0.1 + 0.8 * ground_draws[:, :3]
+    ground = 0.1 + 0.5 * ground_draws[:, :3]
     candidates = 0.1 + 0.8 * candidate_draws.reshape(-1, _CANDIDATES, 3)
-    distance = np.sqrt(((candidates - ground[:, None]) ** 2).sum(axis=2))  # (n, candidates)
-    enough = distance >= _CONTRAST
-    chosen = np.where(enough.any(axis=1), enough.argmax(axis=1), distance.argmax(axis=1))
+    lighter = (candidates - ground[:, None]) @ _LUMA  # (n, candidates)
+    enough = lighter >= _CONTRAST
+    chosen = np.where(enough.any(axis=1), enough.argmax(axis=1), lighter.argmax(axis=1))
     shape = candidates[np.arange(len(ground)), chosen]
 
     def spread(colour: np.ndarray, draws: np.ndarray) -> np.ndarray:
