@@ -14,7 +14,7 @@ from torch import Tensor
 
 from masked_vit_kernels import cpu
 from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
-from masked_vit_kernels.attention_common import MAX_HEAD_DIM, readable
+from masked_vit_kernels.attention_common import MAX_HEAD_DIM, WIDEST_TUNED, readable
 from masked_vit_kernels.attention_forward import forward_launch
 from masked_vit_kernels.launch import AuditCase, check_dtype, check_same_device, check_shape
 from masked_vit_kernels.packing import Packing
@@ -311,19 +311,26 @@ def _check_packing(name: str, packing: Packing | None, rows: int, max_seqlen: in
 
 
 def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """Every entry of the launch tables, from qkv views as a ViT's qkv projection writes them.
-
-    The core is bfloat16 at D = 24, 80 and 88, and one width of each other dtype.
-    """
+    """Every entry of the launch tables, from qkv views as a ViT's qkv projection writes them."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (24, 32, 64, 80, 88):
-            core = head_dim in ((24, 80, 88) if dtype == torch.bfloat16 else (32,))
+        for head_dim in (24, 32, 64, 80, 88, 128):
             for max_seqlen in (64, 128, 256, 512):
-                yield from _audit_length(dtype, head_dim, max_seqlen, core, capability)
+                yield from _audit_length(dtype, head_dim, max_seqlen, capability)
+
+
+def _is_core(dtype: torch.dtype, head_dim: int, max_seqlen: int, capability: int) -> bool:
+    """The narrowest and widest tuned heads everywhere; on Hopper D=80, long and fp16 as well."""
+    if dtype != torch.bfloat16:
+        return capability == 90 and head_dim == 32 and max_seqlen == 128
+    if capability == 90 and head_dim == 80:
+        return True
+    return head_dim in (24, 88) and max_seqlen in (
+        (128, 256, 512) if capability == 90 else (128, 256)
+    )
 
 
 def _audit_length(
-    dtype: torch.dtype, head_dim: int, max_seqlen: int, core: bool, capability: int
+    dtype: torch.dtype, head_dim: int, max_seqlen: int, capability: int
 ) -> Iterator[AuditCase]:
     rows, heads, sequences = 16384, 16, 128
 
@@ -342,13 +349,14 @@ def _audit_length(
         integers(rows // 128 + sequences, 2),
     )
     name = f"D={head_dim} keys<={max_seqlen} {str(dtype).removeprefix('torch.')}"
-    half = dtype != torch.float32
+    core = _is_core(dtype, head_dim, max_seqlen, capability)
+    limited = dtype != torch.float32 and head_dim <= WIDEST_TUNED
 
     forward = forward_launch(
         *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, tile_map, wide_tile_map,
         max_seqlen, max_seqlen, head_dim**-0.5, capability=capability,
     )  # fmt: skip
-    yield AuditCase(f"attention forward {name}", forward, "matmul" if half else "reported", core)
+    yield AuditCase(f"attention forward {name}", forward, "matmul" if limited else "reported", core)
 
     launches = backward_launches(
         *qkv.unbind(1), out, dout, lse, lse, *dqkv.unbind(1), cu_seqlens, cu_seqlens, order,
@@ -360,5 +368,5 @@ def _audit_length(
             continue  # the very launch of keys<=128
         budget = "matmul" if max_seqlen <= 128 else "matmul_two_phase"
         yield AuditCase(
-            f"attention backward {kind} {name}", launch, budget if half else "reported", core
+            f"attention backward {kind} {name}", launch, budget if limited else "reported", core
         )

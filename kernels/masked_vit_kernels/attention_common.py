@@ -9,6 +9,7 @@ two tiles.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,13 @@ from masked_vit_kernels.launch import round_up_to_power_of_two
 from masked_vit_kernels.packing import TILE, WIDE_TILE
 
 MAX_HEAD_DIM = 128
+WIDEST_TUNED = 88  # wider heads run smaller tiles that are sure to fit
 
 # Programs a head that clear the rows after the last sequence; each strides over them.
 CLEARING_PROGRAMS = 4
 CLEARING_ROWS = 64
+
+NO_LIMIT = 2**31 - 1  # as a number of keys
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,8 @@ class BackwardStep:
 
     kind: str
     config: AttentionConfig
-    keys_over: int
-    keys_up_to: int
-
-
-NO_LIMIT = 2**31 - 1
+    keys_over: int = -1
+    keys_up_to: int = NO_LIMIT
 
 
 def head_dim_pieces(head_dim: int) -> tuple[int, int]:
@@ -87,8 +88,10 @@ def forward_config(
     if max_seqlen_k <= 64:
         return AttentionConfig(TILE, 64, 4, 1)
     if max_seqlen_k <= 128:
-        # 64 x 128 scores of mma.sync fill an Ampere thread's registers at 4 warps.
-        return AttentionConfig(TILE, 128, 8 if capability == 80 and head_dim > 64 else 4, 1)
+        # 64 x 128 scores beside 80 output columns spill where mma.sync holds both operands.
+        if capability == 80 and head_dim > 64:
+            return AttentionConfig(WIDE_TILE, 64, 8, 2)
+        return AttentionConfig(TILE, 128, 4, 1)
     if head_dim <= 32 or max_seqlen_q <= 128:
         return AttentionConfig(TILE, 64, 4, 2)
     # Wide tiles read each key tile half as often from L2, which is what these lengths wait for.
@@ -100,42 +103,63 @@ def backward_plan(
 ) -> tuple[BackwardStep, ...]:
     """Launches of the backward; together they take every sequence exactly once.
 
-    Tiles are the largest whose accumulators stay in registers (the compile audit checks it); caps
-    on registers are set where a cap costs no spill and lets another program onto the
-    multiprocessor.
+    Tiles are the largest whose accumulators stay in registers and, on Blackwell, in tensor memory;
+    the compile audit checks it. Caps on registers are set where a cap costs no spill and lets
+    another program onto the multiprocessor.
     """
     if dtype == torch.float32:
         config = AttentionConfig(64, 64, 4, 1)
         if max_seqlen_k > 256:
             return _flash(config, config)
         kind = "resident" if max_seqlen_k <= 64 else "two_phase"
-        return (BackwardStep(kind, config, -1, NO_LIMIT),)
-    narrow = head_dim <= 32
-    if max_seqlen_k > 256:
+        return (BackwardStep(kind, config),)
+    # No Ampere program holds a whole sequence of D=88: two launches of 64-row tiles do not spill.
+    if max_seqlen_k > 256 or (max_seqlen_k > 64 and capability == 80 and head_dim > 80):
+        if head_dim > WIDEST_TUNED:
+            return _flash(AttentionConfig(64, 64, 8, 1), AttentionConfig(32, 64, 8, 1))
+        if capability == 80:
+            queries = AttentionConfig(64, 64, 4 if head_dim <= 80 else 8, 2)
+            return _flash(queries, AttentionConfig(64, 64, 4, 2))
         return _flash(AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 128, 8, 2))
     if max_seqlen_k <= 64 and max_seqlen_q <= 64:
-        registers = 128 if narrow else 168 if head_dim <= 64 else None
-        return (BackwardStep("resident", AttentionConfig(64, 64, 4, 1, registers), -1, NO_LIMIT),)
-    short = BackwardStep(
-        "resident",
-        AttentionConfig(32, 128, 8, 1, 128) if narrow else AttentionConfig(64, 128, 8, 1),
-        -1,
-        128,
-    )
+        return (BackwardStep("resident", _one_tile(head_dim, capability)),)
+    short, long = _up_to_128_keys(head_dim, capability), _up_to_256_keys(head_dim, capability)
     if max_seqlen_k <= 128:
         return (short,)
-    if narrow:
-        long = BackwardStep("resident", AttentionConfig(32, 256, 16, 1), 128, NO_LIMIT)
-    else:
-        long = BackwardStep("two_phase", AttentionConfig(64, 64, 8, 1), 128, NO_LIMIT)
-    return (long, short)
+    if short == long:
+        return (long,)
+    return (
+        dataclasses.replace(long, keys_over=128),
+        dataclasses.replace(short, keys_up_to=128),
+    )
+
+
+def _one_tile(head_dim: int, capability: int) -> AttentionConfig:
+    if capability == 80 or head_dim > WIDEST_TUNED:
+        return AttentionConfig(64, 64, 4 if head_dim <= 64 else 8, 1)
+    registers = 128 if head_dim <= 32 else 168 if head_dim <= 64 else None
+    return AttentionConfig(64, 64, 4, 1, registers)
+
+
+def _up_to_128_keys(head_dim: int, capability: int) -> BackwardStep:
+    if head_dim <= 32:
+        return BackwardStep("resident", AttentionConfig(32, 128, 8, 1, 128))
+    if head_dim > (64 if capability == 80 else WIDEST_TUNED):
+        return BackwardStep("two_phase", AttentionConfig(32, 64, 8, 1))
+    half_tile = capability == 80 or (capability == 100 and head_dim > 64)
+    return BackwardStep("resident", AttentionConfig(32 if half_tile else 64, 128, 8, 1))
+
+
+def _up_to_256_keys(head_dim: int, capability: int) -> BackwardStep:
+    if head_dim <= 32:
+        # tcgen05 takes at most 8 warps of a program here; mma.sync and wgmma hide more with 16.
+        return BackwardStep("resident", AttentionConfig(32, 256, 8 if capability == 100 else 16, 1))
+    rows = 32 if capability == 80 or head_dim > WIDEST_TUNED else 64
+    return BackwardStep("two_phase", AttentionConfig(rows, 64, 8, 1))
 
 
 def _flash(queries: AttentionConfig, keys: AttentionConfig) -> tuple[BackwardStep, ...]:
-    return (
-        BackwardStep("flash_queries", queries, -1, NO_LIMIT),
-        BackwardStep("flash_keys", keys, -1, NO_LIMIT),
-    )
+    return (BackwardStep("flash_queries", queries), BackwardStep("flash_keys", keys))
 
 
 def stride_arguments(name: str, x: Tensor) -> dict[str, int]:

@@ -44,6 +44,7 @@ class Measurement:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    tensor_memory_columns: int
     local_accesses: int
     local_in_loops: int
     narrow_accesses: int
@@ -101,6 +102,7 @@ def measure(compiled: CompiledKernel, capability: int) -> Measurement:
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
         shared_bytes=compiled.metadata.shared,
+        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0),
         local_accesses=len(local),
         local_in_loops=sum(any(a <= x <= b for a, b in loops) for x in local),
         narrow_accesses=_count(opcodes, r"(LDG|STG)\b.*\.[US](8|16)\b"),
@@ -122,6 +124,7 @@ def violations(case: AuditCase, found: Measurement, capability: int) -> list[str
         "local_in_loops": budget.local_in_loops,
         "narrow_accesses": budget.narrow_accesses,
         "shared_bytes": SHARED_MEMORY_LIMIT[capability],
+        "tensor_memory_columns": 512,
     }
     broken = [
         f"{name} {getattr(found, name)} > {limit}"
