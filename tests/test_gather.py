@@ -75,8 +75,9 @@ def check_scatter(layout, fill_ndim, dtype, device, width=40):
     elif layout == "flat":
         ids, batch, packing, rows = torch.randperm(NUM_TOKENS)[:6], None, None, (6,)
     else:
-        packed = packed_ids([3, 0, 9, 2], NUM_TOKENS)
-        ids, batch, packing = packed.ids, 4, packed.packing
+        # Over 64 places: the gradient of a fill (D,) takes several partial sums.
+        packed = packed_ids([3, 0, 9, 2, 1, 1, 0, 4], NUM_TOKENS)
+        ids, batch, packing = packed.ids, 8, packed.packing
         rows = ids.shape
     x = torch.randn(*rows, width, dtype=dtype)
     x[ids < 0] = float("nan")

@@ -39,10 +39,13 @@ def random_images(batch, channels, patch, grid, dtype):
 
 def check_embed(
     device, image_dtype, weight_dtype, *, patch=(4, 6), grid=(2, 3), channels=3, width=40,
-    lengths=(3, 0, 6, 2), fused=False, channels_last=False, with_bias=True, learn_position=True,
+    lengths=(3, 0, 70, 2), fused=False, channels_last=False, with_bias=True, learn_position=True,
     normalize=True,
 ):  # fmt: skip
-    """Packed ids with a padded tail, dense ids with padding, and every patch."""
+    """Packed ids with a padded tail, dense ids with padding, and every patch.
+
+    Over 64 rows by default: the bias gradient takes several partial sums.
+    """
     batch, num_tokens = len(lengths), grid[0] * grid[1]
     images = random_images(batch, channels, patch, grid, image_dtype)
     if channels_last:
