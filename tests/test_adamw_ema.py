@@ -15,6 +15,11 @@ SHAPES = [(), (3,), (0, 4), (5, 7), (2, 3, 4, 4), (150, 130)]
 LR, DECAY, MOMENTUM = 3e-3, 0.1, 0.99
 
 
+@pytest.fixture(autouse=True)
+def small_tensors_take_the_compiled_update(monkeypatch):
+    monkeypatch.setattr(adamw_ema_cpu, "COMPILED_MIN_NUMEL", 16384)
+
+
 def make_parameters(seed: int, dtype=torch.float32, shapes=SHAPES) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
