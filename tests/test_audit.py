@@ -1,0 +1,94 @@
+"""The compile audit: core kernels hold their budgets, and the audit sees what it should."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from masked_vit_kernels import audit
+from masked_vit_kernels.audit_budgets import BUDGETS
+from masked_vit_kernels.launch import CAPABILITIES, AuditCase, KernelLaunch, table_capability
+
+CORE = [
+    pytest.param(case, capability, id=f"sm_{capability} {case.name}")
+    for capability in CAPABILITIES
+    for case in audit.all_cases(capability)
+    if case.core
+]
+
+
+@pytest.mark.audit
+@pytest.mark.parametrize(("case", "capability"), CORE)
+def test_core_kernels_hold_their_budgets(case, capability):
+    found = audit.measure(audit.compile_launch(case.launch, capability), capability)
+    assert audit.violations(case, found, capability) == []
+
+
+@triton.jit
+def _copy_rows_kernel(x_ptr, y_ptr, stride, WIDTH: tl.constexpr):
+    rows = tl.arange(0, 64)
+    columns = tl.arange(0, WIDTH)
+    offsets = rows[:, None] * stride + columns[None, :]
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets))
+
+
+def _copy_rows(stride: int) -> KernelLaunch:
+    x = torch.empty(4096, dtype=torch.bfloat16, device="meta")
+    arguments = {"x_ptr": x, "y_ptr": x, "stride": stride, "WIDTH": 64}
+    return KernelLaunch(_copy_rows_kernel, (1,), arguments)
+
+
+def _measure(launch: KernelLaunch, capability: int = 90) -> audit.Measurement:
+    return audit.measure(audit.compile_launch(launch, capability), capability)
+
+
+@pytest.mark.audit
+def test_a_stride_without_a_divisibility_hint_is_seen():
+    case = AuditCase("copy", _copy_rows(64), "streaming")
+    assert audit.violations(case, _measure(case.launch), 90) == []
+    broken = audit.violations(case, _measure(_copy_rows(72)), 90)
+    assert any("narrow_accesses" in text for text in broken)
+    assert "no 16-byte loads" in broken
+
+
+@pytest.mark.audit
+def test_register_caps_and_spills_are_seen():
+    case = next(c for c in audit.all_cases(90) if "resident D=80 keys<=128 bfloat16" in c.name)
+    capped = dataclasses.replace(case.launch, max_registers=96)
+    found = _measure(capped)
+    assert found.registers <= 96 and found.stack_bytes > 0 and found.local_accesses > 0
+    assert any("stack_bytes" in text for text in audit.violations(case, found, 90))
+
+
+def test_loops_are_found_in_machine_code():
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+    .L_x_1:
+        /*0010*/                   LDG.E.U16 R2, [R4.64] ;
+    .L_x_0:
+        /*0020*/                   LDL R3, [R1] ;
+        /*0030*/              @!P0 BRA `(.L_x_0) ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+    .L_x_2:
+        /*0060*/                   BRA `(.L_x_2);
+    """
+    code = audit.parse_instructions(sass)
+    assert [opcode for _, opcode, _ in code] == [
+        "MOV", "LDG.E.U16", "LDL", "BRA", "BRA", "EXIT", "BRA",
+    ]  # fmt: skip
+    assert audit.innermost_loops(code) == [(0x20, 0x30)]
+
+
+def test_every_case_names_a_budget_and_a_distinct_kernel():
+    for capability in CAPABILITIES:
+        cases = list(audit.all_cases(capability))
+        assert {case.budget for case in cases} <= set(BUDGETS)
+        names = [case.name for case in cases]
+        assert len(names) == len(set(names))
+
+
+def test_table_capability_without_a_gpu():
+    assert table_capability(torch.device("cpu")) == 90
+    assert table_capability(torch.device("meta")) in CAPABILITIES
