@@ -164,3 +164,16 @@ def test_autocast_computes_in_its_dtype():
         out = cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9)
     out.sum().backward()
     assert out.dtype == torch.bfloat16 and qkv.grad.dtype == torch.float32
+
+
+def test_padded_queries_get_zero_gradients_where_every_key_row_is_used():
+    """Buffers of the two sides are cleared on their own: only one of them has padding here."""
+    lengths_q, lengths_k = [3, 2], [4, 6]
+    q = torch.randn(5 + 4, 2, 8, requires_grad=True)
+    kv = torch.randn(10, 2, 2, 8, requires_grad=True)
+    junk = [torch.full_like(q, float("nan")) for _ in range(8)]  # for the allocator to hand out
+    del junk
+    out = cpu_attention.varlen_attention_kvpacked(q, kv, cu(lengths_q), cu(lengths_k), 3, 6)
+    out.sum().backward()
+    assert torch.equal(q.grad[5:], torch.zeros(4, 2, 8))
+    assert (q.grad[:5] != 0).any(-1).all() and kv.grad.isfinite().all()

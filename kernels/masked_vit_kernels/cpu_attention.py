@@ -264,7 +264,7 @@ def _attention_backward(
     plan = _plan_for(q, k, cu_seqlens_q, cu_seqlens_k)
     wide = _matmul_dtype(q.dtype)
     heads = q.shape[1]
-    covered = [plan.covers_queries, plan.covers_keys, plan.covers_keys][-len(inputs) :]
+    covered = [plan.covers_queries, plan.covers_keys, plan.covers_keys][: len(inputs)]
     if len(inputs) == 1:
         covered = [plan.covers_queries and plan.covers_keys]
     buffers = [
