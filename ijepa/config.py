@@ -74,6 +74,10 @@ class ModelConfig:
         activation_checkpointing: recompute each block in the backward pass.
         prune_predictor: the predictor's last block computes target rows only (exact).
         prune_target: the target encoder's last block computes target rows only (exact).
+        share_predictor: the predictor's first block computes queries, keys and values of a context
+            row once for all target blocks, and of mask tokens once a position (exact).
+        residual: dtype of the residual stream in the bf16 modes of `train.precision`; LayerNorm
+            statistics are float32 either way.
         image_mean: subtracted from each channel of pixels in [0, 1].
         image_std: divides each channel.
     """
@@ -96,6 +100,8 @@ class ModelConfig:
     activation_checkpointing: bool = False
     prune_predictor: bool = True
     prune_target: bool = True
+    share_predictor: bool = True
+    residual: Literal["fp32", "bf16"] = "fp32"
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -306,7 +312,11 @@ class TrainConfig:
         epochs: passes over the data to make, in place of `steps`.
         batch_size: images a step, over all ranks and micro-batches.
         accumulate: micro-batches a step, on each rank.
-        precision: "fp32" or "bf16" (autocast).
+        precision: "fp32", "bf16" (autocast) or "bf16-params" (bfloat16 weights beside float32
+            masters that the optimiser keeps and checkpoints write).
+        compile: trace and fuse everything between the kernels with torch.compile; "auto" does on a
+            GPU. The first step of each capacity then takes a minute or so.
+        cuda_graph: replay a step as one CUDA graph; a single GPU without accumulation only.
         seed: of initialisation, data order, crops and masks.
         device: "auto", "cpu" or "cuda".
         output: folder of the run; None makes runs/<recipe>-<number>.
@@ -319,7 +329,9 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = 64
     accumulate: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
+    compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: bool = False
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str | None = None

@@ -101,13 +101,17 @@ def _target(config: ModelConfig, tokens: TokenCounts) -> Flops:
 
 
 def _predictor_blocks(config: ModelConfig, tokens: TokenCounts) -> float:
-    width = config.predictor_width
+    width, depth = config.predictor_width, config.predictor_depth
     full = _block(config, tokens.predictor, tokens.predictor_pairs, width)
-    if not config.prune_predictor:
-        return config.predictor_depth * full
-    return (config.predictor_depth - 1) * full + _pruned_block(
-        config, tokens.predictor, tokens.targets, tokens.pruned_predictor_pairs, width
-    )
+    blocks = [full] * depth
+    if config.prune_predictor:
+        blocks[-1] = _pruned_block(
+            config, tokens.predictor, tokens.targets, tokens.pruned_predictor_pairs, width
+        )
+    if config.share_predictor and (depth > 1 or not config.prune_predictor):
+        distinct = tokens.context + config.num_patches / tokens.images
+        blocks[0] -= (tokens.predictor - distinct) * 2 * 3 * width * width
+    return sum(blocks)
 
 
 def _embedding(config: ModelConfig, tokens: float) -> float:

@@ -11,7 +11,7 @@ target, `Tu` union), K kept patches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,20 +114,21 @@ class MaskBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MaskBatch:
         """The same masks with their tensors on `device`."""
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MaskBatch:
         """The same masks in page-locked host memory, for asynchronous copies."""
-        return self._map(lambda value: value.pin_memory())
+        return self.map_tensors(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> MaskBatch:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> MaskBatch:
+        """The same masks with `function` applied to every tensor, those of the packings too."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return MaskBatch(
-            **{
-                name: function(value) if isinstance(value, (Tensor, Packing)) else value
-                for name, value in values.items()
-            }
-        )
+        for name, value in values.items():
+            if isinstance(value, Packing):
+                values[name] = value.map_tensors(function)
+            elif isinstance(value, Tensor):
+                values[name] = function(value)
+        return MaskBatch(**values)
 
     @classmethod
     def from_dense(cls, context: Tensor, targets: Tensor, grid: tuple[int, int]) -> MaskBatch:

@@ -21,8 +21,11 @@ from ijepa.vit import (
     LAYER_NORM_EPS,
     Encoder,
     KeptRows,
+    LayerNorm,
+    RepeatedRows,
     initialize,
     make_blocks,
+    residual_dtype,
     run_blocks,
 )
 
@@ -33,7 +36,8 @@ class Predictor(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.predictor_width
-        self.prune = config.prune_predictor
+        self.prune, self.share = config.prune_predictor, config.share_predictor
+        self.residual = config.residual
         self.activation_checkpointing = config.activation_checkpointing
         self.predictor_embed = nn.Linear(config.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -43,33 +47,52 @@ class Predictor(nn.Module):
         self.predictor_blocks = make_blocks(
             width, config.predictor_depth, config.predictor_heads, config.mlp_ratio
         )
-        self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.predictor_norm = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.predictor_proj = nn.Linear(width, config.target_width)
         initialize(self, self.predictor_blocks, config.rescale_init)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
         """Context features (Tc, D) -> predictions (Tt, target width) in `masks.targets`' order."""
-        x = assemble_predictor_tokens(
-            # the residual stream stays in float32 under autocast, as in the encoder
-            self.predictor_embed(context).to(self.mask_token.dtype),
-            self.mask_token,
-            self.predictor_pos_embed,
-            masks.context,
-            masks.targets,
-            masks.predictor_packing,
-        )  # (Tp, P)
+        context = self.predictor_embed(context)
+        context = context.to(residual_dtype(self.residual, self.mask_token))
+        repeated = None
+        if self.share:
+            repeated = self._distinct_tokens(context, masks)
+            x = gather_tokens(repeated.distinct, repeated.index)  # (Tp, P)
+        else:
+            x = assemble_predictor_tokens(
+                context,
+                self.mask_token,
+                self.predictor_pos_embed,
+                masks.context,
+                masks.targets,
+                masks.predictor_packing,
+            )  # (Tp, P)
         target_rows = masks.predictor_target_rows
         x = run_blocks(
             self.predictor_blocks,
             x,
             masks.predictor_packing,
             kept=KeptRows(target_rows, masks.target_packing) if self.prune else None,
+            repeated=repeated,
             activation_checkpointing=self.activation_checkpointing,
         )
         if not self.prune:
             x = gather_tokens(x, target_rows)
         return self.predictor_proj(self.predictor_norm(x))  # (Tt, target width)
+
+    def _distinct_tokens(self, context: Tensor, masks: MaskBatch) -> RepeatedRows:
+        """The predictor's tokens without repetition: each context row once instead of M times,
+        and a mask token for each of the N positions instead of each target."""
+        positions = self.predictor_pos_embed[0].to(context.dtype)  # (N, P)
+        placed = context + gather_tokens(positions, masks.context)  # (Tc, P)
+        mask_tokens = self.mask_token.view(1, -1).to(context.dtype) + positions  # (N, P)
+        rows = masks.predictor_packing.source_rows
+        from_target = rows >= context.shape[0]
+        target = torch.where(from_target, rows - context.shape[0], 0)
+        index = torch.where(from_target, context.shape[0] + masks.targets[target], rows)
+        return RepeatedRows(torch.cat([placed, mask_tokens]), index)
 
 
 class IJEPA(nn.Module):
@@ -131,6 +154,11 @@ class IJEPA(nn.Module):
             union = KeptRows(masks.target_union, masks.target_union_packing)
             return self.target_encoder(images, kept=union), masks.target_rows_in_union
         return self.target_encoder(images), masks.target_rows
+
+    def prepare(self, batch_size: int) -> None:
+        """Build what a forward pass would build at its first use, so that it can be traced."""
+        device = self.context_encoder.pos_embed.device
+        self.target_encoder.dense_packing(batch_size, self.config.num_patches, device)
 
     def count_elements(self, masks: MaskBatch) -> Tensor:
         """Elements the loss of these masks averages over, 0-d int64 on their device."""

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from masked_vit_kernels import AdamWEMA
 from torch import Tensor
 
+from ijepa.captured import CapturedStep
 from ijepa.config import OptimConfig, ScheduleConfig
-from ijepa.distributed import sum_gradients, sum_over_ranks
+from ijepa.distributed import sum_gradients, sum_over_ranks, world_size
 from ijepa.mask_batch import MaskBatch
 from ijepa.model import IJEPA
-from ijepa.optim import apply_schedule, make_optimizer
+from ijepa.optim import apply_schedule, ema_pairs, make_optimizer
 from ijepa.schedules import schedule_at
 
 
@@ -45,7 +47,12 @@ class Trainer:
 
     Args:
         schedule_config: with its lengths in steps.
-        precision: "fp32", or "bf16" for autocast of the forward pass.
+        precision: "fp32"; "bf16" for autocast of the forward pass; "bf16-params" turns the model's
+            weights into bfloat16 copies of float32 masters that the optimiser keeps.
+        compile: trace the forward and backward passes with torch.compile, once for each layout of
+            the masks (at most four with planned capacities).
+        cuda_graph: replay whole steps as CUDA graphs (`ijepa.captured`); for one process, and for
+            steps of one micro-batch. Gradients are then no longer to be found in `.grad`.
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.
@@ -60,9 +67,13 @@ class Trainer:
         schedule_config: ScheduleConfig,
         *,
         precision: str = "fp32",
+        compile: bool = False,
+        cuda_graph: bool = False,
     ):
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        if precision not in ("fp32", "bf16", "bf16-params"):
+            raise ValueError(
+                f"precision must be 'fp32', 'bf16' or 'bf16-params', got {precision!r}"
+            )
         if schedule_config.total_steps is None or schedule_config.warmup_epochs is not None:
             raise ValueError(
                 "the schedule's lengths must be known in steps: give total_steps and warmup_steps,"
@@ -71,9 +82,24 @@ class Trainer:
         self.model = model
         self.schedule = schedule_config
         self.autocast = precision == "bf16"
-        self.optimizer = make_optimizer(model, optim_config)
+        if precision == "bf16-params":
+            self.optimizer = _with_rounded_weights(model, optim_config)
+        else:
+            self.optimizer = make_optimizer(model, optim_config)
         self.step_index = 0
         device = next(model.parameters()).device
+        if cuda_graph and (device.type != "cuda" or world_size() > 1):
+            raise ValueError("cuda_graph needs a model on a CUDA device and a single process")
+        self._loss = model
+        if compile:
+            # a function of its own: the model stays as it is, state-dict names included
+            self._loss = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        self._replayed = None
+        if cuda_graph:
+            self._replayed = CapturedStep(
+                lambda images, masks: self._update([images], [masks]),
+                self.optimizer.upload_hyper_parameters,
+            )
         self.total_skips = torch.zeros((), dtype=torch.int64, device=device)
         self.consecutive_skips = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -98,16 +124,34 @@ class Trainer:
                 f" got {len(image_parts)} and {len(mask_parts)}"
             )
         values = schedule_at(self.schedule, self.step_index)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate(image_parts, mask_parts)
         apply_schedule(self.optimizer, values)
-        self.optimizer.step(loss=loss)
+        for part in image_parts:
+            self.model.prepare(part.shape[0])
+        if self._replayed is not None and len(image_parts) == 1:
+            loss = self._replayed(image_parts[0], mask_parts[0])
+        else:
+            loss = self._update(image_parts, mask_parts)
         # the optimiser overwrites its own at the next step
         grad_norm, skipped = self.optimizer.grad_norm.clone(), self.optimizer.skipped.clone()
         self.step_index += 1
         self.total_skips = self.total_skips + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped
         return StepResult(loss, grad_norm, skipped, self.consecutive_skips, *values)
+
+    def _update(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
+        """Gradients and the optimiser's step; the loss, 0-d."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if len(images) > 1:
+            self._sum_gradients_in_float32()
+        loss = self._accumulate(images, masks)
+        self.optimizer.step(loss=loss)
+        return loss
+
+    def _sum_gradients_in_float32(self) -> None:
+        """Bfloat16 weights get float32 gradients, so that micro-batches add up without rounding."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.grad_dtype = torch.float32
 
     def _accumulate(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
         """Gradients of the mean over the step's elements, on all ranks; returns that mean, 0-d."""
@@ -116,11 +160,20 @@ class Trainer:
         total = torch.zeros((), device=denominator.device)
         for part, part_masks in zip(images, masks, strict=True):
             with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = self.model(part, part_masks, denominator)
+                loss = self._loss(part, part_masks, denominator)
             loss.backward()
             total = total + loss.detach()
         sum_gradients(self.model.parameters())
         return sum_over_ranks(total)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict, with float32 masters in the place of rounded weights."""
+        return {
+            name: tensor.detach()
+            if tensor.dtype != torch.bfloat16
+            else self.optimizer.master(tensor).detach()
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+        }
 
     def state_dict(self) -> dict:
         """Optimiser state, step and counters; the model's weights are not in it."""
@@ -141,7 +194,29 @@ class Trainer:
         if set(state) != expected:
             raise ValueError(f"trainer state must hold {sorted(expected)}, got {sorted(state)}")
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._replayed is not None:
+            self._replayed.forget()
         self.step_index = int(state["step_index"])
         device = self.total_skips.device
         self.total_skips = state["total_skips"].to(device)
         self.consecutive_skips = state["consecutive_skips"].to(device)
+
+
+@torch.no_grad()
+def _with_rounded_weights(model: IJEPA, config: OptimConfig) -> AdamWEMA:
+    """Turn all that is trained or averaged into bfloat16; the optimiser keeps it in float32.
+
+    Fixed positions stay float32.
+    """
+    averaged = {id(target) for target, _ in ema_pairs(model)}
+    exact = {
+        parameter: parameter.detach().clone()
+        for parameter in model.parameters()
+        if parameter.requires_grad or id(parameter) in averaged
+    }
+    for parameter, value in exact.items():
+        parameter.data = value.bfloat16()
+    optimizer = make_optimizer(model, config)
+    for parameter, value in exact.items():
+        optimizer.master(parameter).copy_(value)
+    return optimizer

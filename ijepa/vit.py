@@ -31,6 +31,19 @@ LAYER_NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 
+def residual_dtype(setting: str, weight: Tensor) -> torch.dtype:
+    """Dtype of the residual stream beside weights of this dtype; `setting` as in `ModelConfig`.
+
+    "fp32" keeps it at float32 or wider under autocast and beside bfloat16 weights, as the released
+    code does; "bf16" lets it follow what the matrix products return.
+    """
+    if setting == "fp32":
+        return torch.promote_types(weight.dtype, torch.float32)
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
 @dataclass(frozen=True)
 class KeptRows:
     """The rows of a packed tensor that the last block has to compute; the others only serve keys.
@@ -44,6 +57,30 @@ class KeptRows:
     packing: Packing
 
 
+@dataclass(frozen=True)
+class RepeatedRows:
+    """A packed tensor most of whose rows repeat: row t is `distinct[index[t]]`.
+
+    Attributes:
+        distinct: (U, D).
+        index: (T,) int64, -1 on padding.
+    """
+
+    distinct: Tensor
+    index: Tensor
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the wider of the input's and the weights' dtypes, returned in the weights'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        normed = F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each packed sequence."""
 
@@ -55,10 +92,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """(T, D) -> (T, D)."""
-        tokens, width = x.shape
-        qkv = self.qkv(x).view(tokens, 3, self.heads, width // self.heads)
+    def forward(self, x: Tensor, packing: Packing, index: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D); with `index` (T,), token t is row index[t] of `x`."""
+        width = x.shape[1]
+        qkv = self.qkv(x)
+        if index is not None:
+            qkv = gather_tokens(qkv, index)
+        tokens = qkv.shape[0]
+        qkv = qkv.view(tokens, 3, self.heads, width // self.heads)
         mixed = varlen_attention_qkvpacked(
             qkv, packing.cu_seqlens, packing.max_seqlen, packing=packing
         )
@@ -101,14 +142,26 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
-    def forward(self, x: Tensor, packing: Packing, kept: KeptRows | None = None) -> Tensor:
-        """(T, D) -> (T, D), or only the `kept` rows of it -> (K, D)."""
-        if kept is None:
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        kept: KeptRows | None = None,
+        repeated: RepeatedRows | None = None,
+    ) -> Tensor:
+        """(T, D) -> (T, D), or only the `kept` rows of it -> (K, D).
+
+        With `repeated`, which `x` must be equal to, queries, keys and values are computed once for
+        every distinct row.
+        """
+        if repeated is not None and kept is None:
+            x = x + self.attn(self.norm1(repeated.distinct), packing, repeated.index)
+        elif kept is None:
             x = x + self.attn(self.norm1(x), packing)
         else:
             residual = gather_tokens(x, kept.rows)  # (K, D)
@@ -129,16 +182,21 @@ def run_blocks(
     packing: Packing,
     *,
     kept: KeptRows | None = None,
+    repeated: RepeatedRows | None = None,
     activation_checkpointing: bool = False,
 ) -> Tensor:
-    """(T, D) through all blocks; with `kept`, the last one computes those rows alone -> (K, D)."""
+    """(T, D) through all blocks; with `kept`, the last one computes those rows alone -> (K, D).
+
+    `repeated` describes `x` for the first block, see `Block.forward`.
+    """
     recompute = activation_checkpointing and torch.is_grad_enabled()
     for index, block in enumerate(blocks):
         block_kept = kept if index == len(blocks) - 1 else None
+        block_repeated = repeated if index == 0 else None
         if recompute:
-            x = checkpoint(block, x, packing, block_kept, use_reentrant=False)
+            x = checkpoint(block, x, packing, block_kept, block_repeated, use_reentrant=False)
         else:
-            x = block(x, packing, block_kept)
+            x = block(x, packing, block_kept, block_repeated)
     return x
 
 
@@ -175,14 +233,18 @@ class Encoder(nn.Module):
         super().__init__()
         self.grid = config.grid
         self.patch_size = config.patch_size
-        self.image_mean, self.image_std = config.image_mean, config.image_std
+        # Buffers move to the device with the weights: a list would be copied there at every call.
+        for name in ("image_mean", "image_std"):
+            value = torch.tensor(getattr(config, name), dtype=torch.float32)
+            self.register_buffer(name, value, persistent=False)
+        self.residual = config.residual
         self.activation_checkpointing = config.activation_checkpointing
         self.patch_embed = PatchEmbed(config.channels, config.width, config.patch_size)
         self.pos_embed = nn.Parameter(
             sincos_positions(config.width, config.grid), requires_grad=False
         )
         self.blocks = make_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self._dense_packings: dict[tuple[int, int, torch.device], Packing] = {}
         initialize(self, self.blocks, config.rescale_init)
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=config.patch_init_std)
@@ -243,10 +305,9 @@ class Encoder(nn.Module):
             std=self.image_std if raw else None,
         )
         if ids is None:
-            packing = self._dense_packing(x.shape[0], x.shape[1], x.device)
+            packing = self.dense_packing(x.shape[0], x.shape[1], x.device)
         assert packing is not None  # ids come with their packing: embed_visible_patches checked
-        # Under autocast the residual stream stays in float32, as in the released code.
-        return x.reshape(-1, x.shape[-1]).to(proj.weight.dtype), packing
+        return x.reshape(-1, x.shape[-1]).to(residual_dtype(self.residual, proj.weight)), packing
 
     def _positions(self, images: Tensor) -> Tensor:
         grid = (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1])
@@ -256,8 +317,11 @@ class Encoder(nn.Module):
             else resize_positions(self.pos_embed, self.grid, grid)
         )
 
-    def _dense_packing(self, batch: int, tokens: int, device: torch.device) -> Packing:
-        """B sequences of N tokens, built once for each shape."""
+    def dense_packing(self, batch: int, tokens: int, device: torch.device) -> Packing:
+        """B sequences of N tokens, built once for each shape.
+
+        Call it before a traced forward pass without ids: it is made with numpy on the host.
+        """
         key = (batch, tokens, device)
         if key not in self._dense_packings:
             self._dense_packings[key] = pack_lengths([tokens] * batch).to(device)

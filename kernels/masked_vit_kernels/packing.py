@@ -16,7 +16,7 @@ the padded length of every id and row tensor; rows from `cu_seqlens[-1]` on are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,13 +59,14 @@ class Packing:
 
     def to(self, device: torch.device | str, non_blocking: bool = True):
         """The same packing with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self):
         """The same packing in page-locked host memory, for asynchronous copies."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map_tensors(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function):
+    def map_tensors(self, function: Callable[[Tensor], Tensor]):
+        """The same packing with `function` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return type(self)(
             **{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()}

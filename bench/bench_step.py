@@ -1,0 +1,268 @@
+"""The whole training step against the released style and the best of PyTorch's own parts.
+
+    pytest bench/bench_step.py -s                  CPU sizes here, GPU sizes where a GPU is
+    BENCH_SIZES="B/16" BENCH_COMPILE=1 pytest bench/bench_step.py -s
+
+Synthetic images, masks as the sampler draws them, in both modes: "truncate" gives every provider
+the very same tokens and is what ratios are taken from; "packed" keeps every image's own context,
+which the dense providers cannot represent, so that only ours run. Losses of the first step are
+compared before anything is timed.
+
+On a GPU a step is timed with events, optimiser included, and the host's reads where a provider
+makes them; on the CPU one thread is used and the process's clock counts. Rounds are interleaved and
+the median counts. MFU is the share of a large matrix product's rate on the same machine, measured
+in the same run, in float32 for fp32 runs and bfloat16 for the others. Phases are timed apart, with
+a wait at each boundary, in steps that are not compiled as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from best_stock import BestStock
+from ours import Ours
+from released_style import ReleasedStyle
+from step_results import save_step
+from timing import device_name
+from without_kernels import WithoutKernels
+
+from ijepa import IJEPA, MaskBatch, ModelConfig, MultiBlockSampler
+from ijepa.config import VIT_SIZES
+from ijepa.counter_rng import derive_keys
+from ijepa.flops import count_tokens, step_flops
+from ijepa.mask_sampler import plan_capacities
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the batch it is timed at."""
+
+    config: ModelConfig
+    batch: int
+
+
+def _vit(kind: str, patch: int, predictor_depth: int, pixels: int = 224) -> ModelConfig:
+    return ModelConfig(
+        image_size=(pixels, pixels), patch_size=(patch, patch), predictor_depth=predictor_depth,
+        predictor_heads=VIT_SIZES[kind]["heads"], **VIT_SIZES[kind],
+    )  # fmt: skip
+
+
+GPU_SIZES = {
+    "T/16": Size(_vit("T", 16, 6), 256),
+    "S/16": Size(_vit("S", 16, 6), 256),
+    "B/16": Size(_vit("B", 16, 6), 256),
+    "L/16": Size(_vit("L", 16, 12), 128),
+    "H/14": Size(_vit("H", 14, 12), 128),
+    "H/16-448": Size(_vit("H", 16, 12, 448), 32),
+}
+CPU_SIZES = {
+    "demo": Size(
+        ModelConfig(
+            image_size=(32, 32), patch_size=(4, 4), width=96, depth=4, heads=4,
+            predictor_width=48, predictor_depth=2, predictor_heads=2,
+        ),
+        16,
+    ),
+    "small": Size(
+        ModelConfig(
+            image_size=(64, 64), patch_size=(8, 8), width=192, depth=8, heads=6,
+            predictor_width=96, predictor_depth=4, predictor_heads=6,
+        ),
+        16,
+    ),
+    "B/16": Size(_vit("B", 16, 6), 8),
+}  # fmt: skip
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+SIZES = GPU_SIZES if ON_GPU else CPU_SIZES
+CHOSEN = os.environ.get("BENCH_SIZES", ",".join(SIZES) if ON_GPU else "demo,small").split(",")
+PRECISIONS = os.environ.get("BENCH_PRECISIONS", "bf16" if ON_GPU else "fp32").split(",")
+COMPILE = ON_GPU or os.environ.get("BENCH_COMPILE") == "1"
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "20" if ON_GPU else "7"))
+BATCHES = 3  # mask batches in rotation
+
+Provider = Callable[..., object]
+
+
+def make_providers(model: IJEPA, precision: str, batching: str) -> dict[str, Provider]:
+    """Name to step; each with its own copy of the model."""
+
+    def fresh() -> IJEPA:
+        return copy.deepcopy(model)
+
+    providers: dict[str, Provider] = {"ours": Ours(fresh(), precision)}
+    if COMPILE:
+        providers["ours, compiled"] = Ours(fresh(), precision, compile=True)
+    if ON_GPU:
+        providers["ours, compiled, graph"] = Ours(fresh(), precision, compile=True, cuda_graph=True)
+        parameters = f"{precision}-params"
+        providers["ours, bf16 weights, compiled, graph"] = Ours(
+            fresh(), parameters, compile=True, cuda_graph=True
+        )
+    providers["ours without kernels"] = WithoutKernels(fresh(), precision)
+    if batching == "truncate":
+        providers["released style"] = ReleasedStyle(fresh(), precision)
+        providers["best stock"] = BestStock(fresh(), precision, compile=False)
+        if COMPILE:
+            providers["best stock, compiled"] = BestStock(fresh(), precision, compile=True)
+    return providers
+
+
+def draw_masks(size: Size, batching: str) -> list[MaskBatch]:
+    """Batches of masks, in planned capacities where they are packed for a GPU."""
+    sampler = MultiBlockSampler(size.config.grid, batching=batching)
+    if batching == "packed" and ON_GPU:
+        sampler.capacities = plan_capacities(sampler, size.batch)
+    count = BATCHES if batching == "packed" else 1  # dense shapes differ from draw to draw
+    return [sampler(keys=derive_keys(7, n, np.arange(size.batch))).to(DEVICE) for n in range(count)]
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def now() -> float:
+    return time.perf_counter() if ON_GPU else time.process_time()
+
+
+def time_rounds(providers: dict[str, Provider], images, batches) -> dict[str, list[float]]:
+    """Seconds of every round of every provider, interleaved."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for number in range(ROUNDS):
+        for name, step in providers.items():
+            masks = batches[number % len(batches)]
+            synchronize()
+            start = now()
+            step(images, masks)
+            synchronize()
+            seconds[name].append(now() - start)
+    return seconds
+
+
+def time_phases(step: Provider, images, masks) -> dict[str, float]:
+    """Milliseconds of each phase, medians of five steps."""
+    laps: dict[str, list[float]] = {}
+    for _ in range(5):
+        synchronize()
+        last = now()
+
+        def clock(phase: str) -> None:
+            nonlocal last
+            synchronize()
+            laps.setdefault(phase, []).append(1e3 * (now() - last))
+            last = now()
+
+        step(images, masks, clock)
+    return {phase: statistics.median(values) for phase, values in laps.items()}
+
+
+def peak_memory(step: Provider, images, masks) -> float | None:
+    """GiB above what is allocated between steps plus that, None on the CPU."""
+    if not ON_GPU:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step(images, masks)
+    synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def matmul_rate(precision: str) -> float:
+    """FLOP/s of a large square product of random numbers."""
+    size, repeats = (8192, 20) if ON_GPU else (1024, 3)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        synchronize()
+        start = now()
+        for _ in range(repeats):
+            a @ b
+        synchronize()
+        best = min(best, (now() - start) / repeats)
+    return 2 * size**3 / best
+
+
+@pytest.mark.parametrize("batching", ["truncate", "packed"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_step(name, precision, batching):
+    threads = torch.get_num_threads()
+    if not ON_GPU:
+        torch.set_num_threads(1)
+    try:
+        rows = run(name, precision, batching)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(row["ms"] > 0 for row in rows.values())
+
+
+def run(name: str, precision: str, batching: str) -> dict[str, dict]:
+    """Check, time, print and file one table."""
+    size = SIZES[name]
+    torch.manual_seed(0)
+    model = IJEPA(size.config).to(DEVICE)
+    shape = (size.batch, size.config.channels, *size.config.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    batches = draw_masks(size, batching)
+    tokens = count_tokens(batches[0].to("cpu"))
+    flops = size.batch * sum(part.total for part in step_flops(size.config, tokens).values())
+    providers = make_providers(model, precision, batching)
+    losses = {label: float(step(images, batches[0])) for label, step in providers.items()}
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    for label, loss in losses.items():
+        assert abs(loss - losses["ours"]) <= tolerance, f"{label}: {loss}, ours {losses['ours']}"
+    for _ in range(3):
+        for step in providers.values():
+            for masks in batches:
+                step(images, masks)
+    rate = matmul_rate(precision)
+    seconds = time_rounds(providers, images, batches)
+    rows = {}
+    for label, rounds in seconds.items():
+        median = statistics.median(rounds)
+        rows[label] = {
+            "ms": 1e3 * median,
+            "ms_fastest": 1e3 * min(rounds),
+            "images_per_second": size.batch / median,
+            "mfu": flops / median / rate,
+            "peak_gib": peak_memory(providers[label], images, batches[0]),
+        }
+        if "graph" not in label and label != "ours, compiled":
+            rows[label]["phases"] = time_phases(providers[label], images, batches[0])
+    stock = [row["ms"] for label, row in rows.items() if label.startswith("best stock")]
+    for row in rows.values():
+        row["speed_over_best_stock"] = min(stock) / row["ms"] if stock else None
+    entry = {
+        "size": name, "precision": precision, "batching": batching, "batch": size.batch,
+        "gigaflops": flops / 1e9, "matmul_teraflops": rate / 1e12,
+        "threads": None if ON_GPU else torch.get_num_threads(), "providers": rows,
+    }  # fmt: skip
+    save_step(device_name(DEVICE), entry)
+    show(entry)
+    return rows
+
+
+def show(entry: dict) -> None:
+    """Print one table."""
+    print(
+        f"\n{entry['size']} batch {entry['batch']} {entry['precision']} {entry['batching']}:"
+        f" {entry['gigaflops']:.1f} GFLOP, matmul {entry['matmul_teraflops']:.3f} TFLOP/s"
+    )
+    for label, row in entry["providers"].items():
+        ratio = row["speed_over_best_stock"]
+        print(
+            f"  {label:36} {row['ms']:9.1f} ms {row['images_per_second']:8.1f} img/s"
+            f" {100 * row['mfu']:5.1f} % MFU"
+            + (f" {ratio:5.2f}x best stock" if ratio else "")
+            + "".join(f"  {p} {ms:.0f}" for p, ms in row.get("phases", {}).items())
+        )
