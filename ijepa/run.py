@@ -13,12 +13,14 @@ from rich.console import Console
 from torch import Tensor
 
 from ijepa import components, distributed
+from ijepa.captured import copied_beside
 from ijepa.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from ijepa.config import Recipe
 from ijepa.data import build_loader
 from ijepa.evaluate.closing import closing_table
 from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
+from ijepa.mask_sampler import plan_capacities
 from ijepa.metrics import MetricsWriter
 from ijepa.monitor import Panel, collapse_panel
 from ijepa.plan import flops_per_image, known_gpu
@@ -86,9 +88,18 @@ class Run:
         self.source = source
         self.data_id = {"source": recipe.data.source, **components.data_fingerprint(source)}
         self.model = components.build_model(recipe).to(device)
+        compiled = compiles(recipe, device)
+        if compiled and sampler.capacities is None:
+            sampler.capacities = plan_capacities(sampler, micro_batch)
         self.trainer = Trainer(
-            self.model, recipe.optim, recipe.schedule, precision=recipe.train.precision
+            self.model,
+            recipe.optim,
+            recipe.schedule,
+            precision=recipe.train.precision,
+            compile=compiled,
+            cuda_graph=recipe.train.cuda_graph,
         )
+        self._compilations_noted = 0
         self.first_step, self.seconds_before = 0, 0.0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -122,11 +133,14 @@ class Run:
         """(steps done after it, micro-batches of images, their masks), on the device."""
         images: list[Tensor] = []
         masks: list[MaskBatch] = []
-        for batch in self.loader:
-            images.append(batch.images.to(self.device, non_blocking=True))
-            masks.append(batch.masks.to(self.device))
-            if len(images) == self.recipe.train.accumulate:
-                yield batch.step + 1, images, masks
+        done, accumulate = self.first_step, self.recipe.train.accumulate
+        pairs = ((batch.images, batch.masks) for batch in self.loader)
+        for part, part_masks in copied_beside(pairs, self.device):
+            images.append(part)
+            masks.append(part_masks)
+            if len(images) == accumulate:
+                done += 1
+                yield done, images, masks
                 images, masks = [], []
 
     def observe(self, late: LateResult | None) -> None:
@@ -140,6 +154,11 @@ class Run:
         loss, grad_norm, skipped, in_a_row = late.read()
         done, result, train = late.done, late.result, self.recipe.train
         self.progress.update(done, loss, result.lr)
+        for seconds in list(self.trainer.compilations.values())[self._compilations_noted :]:
+            self._compilations_noted += 1
+            self.progress.note(
+                f"step {done}: compiled for shapes {self._compilations_noted} in {seconds:.0f} s"
+            )
         if skipped:
             self.progress.note(f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite, "
                                "update skipped")  # fmt: skip
@@ -182,7 +201,7 @@ class Run:
         return save_checkpoint(
             self.folder,
             done,
-            weights=self.model.state_dict(),
+            weights=self.trainer.weights(),
             state={"trainer": self.trainer.state_dict(), "random": random_states()},
             metadata={
                 "config": recipe_to_dict(self.recipe),
@@ -293,6 +312,13 @@ class Run:
         )
         generator = torch.Generator().manual_seed(self.recipe.train.seed)
         return draw_mask_examples(images, sampler(len(images), generator=generator))
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the step is to be compiled: on a GPU unless told otherwise."""
+    if recipe.train.compile == "auto":
+        return device.type == "cuda"
+    return recipe.train.compile == "on"
 
 
 def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | None:

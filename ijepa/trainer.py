@@ -5,6 +5,7 @@ The step never waits for the device: what it returns are 0-d tensors, to be read
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from masked_vit_kernels import AdamWEMA
 from torch import Tensor
 
-from ijepa.captured import CapturedStep
+from ijepa.captured import CapturedStep, layout_of
 from ijepa.config import OptimConfig, ScheduleConfig
 from ijepa.distributed import sum_gradients, sum_over_ranks, world_size
 from ijepa.mask_batch import MaskBatch
@@ -56,6 +57,7 @@ class Trainer:
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.
+        compilations: seconds that the first step of each layout of the masks took, with `compile`.
         total_skips, consecutive_skips: 0-d int64 tensors on the model's device. Each step makes
             new ones, so that a reference taken at a step keeps that step's value.
     """
@@ -91,6 +93,8 @@ class Trainer:
         if cuda_graph and (device.type != "cuda" or world_size() > 1):
             raise ValueError("cuda_graph needs a model on a CUDA device and a single process")
         self._loss = model
+        self.compilations: dict[tuple, float] = {}
+        self._compiles = compile
         if compile:
             # a function of its own: the model stays as it is, state-dict names included
             self._loss = torch.compile(model.forward, fullgraph=True, dynamic=False)
@@ -123,6 +127,7 @@ class Trainer:
                 f"a step needs as many image tensors as masks, at least one,"
                 f" got {len(image_parts)} and {len(mask_parts)}"
             )
+        started = time.perf_counter()
         values = schedule_at(self.schedule, self.step_index)
         apply_schedule(self.optimizer, values)
         for part in image_parts:
@@ -131,6 +136,9 @@ class Trainer:
             loss = self._replayed(image_parts[0], mask_parts[0])
         else:
             loss = self._update(image_parts, mask_parts)
+        if self._compiles:
+            layout = tuple(layout_of(part) for part in mask_parts)
+            self.compilations.setdefault(layout, time.perf_counter() - started)
         # the optimiser overwrites its own at the next step
         grad_norm, skipped = self.optimizer.grad_norm.clone(), self.optimizer.skipped.clone()
         self.step_index += 1

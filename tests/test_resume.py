@@ -177,3 +177,16 @@ def test_a_longer_run_keeps_its_schedule(uninterrupted, tmp_path):
     pretrain(small_recipe(tmp_path / "run", train__steps=6, schedule__total_steps=12))
     assert resume(tmp_path / "run", train__steps=12).finished
     assert_same_end(tmp_path / "run", uninterrupted)
+
+
+def test_bfloat16_weights_resume_from_their_masters(tmp_path):
+    """Checkpoints hold float32 masters; the rounded weights follow from them."""
+    settings = {"train__precision": "bf16-params"}
+    pretrain(small_recipe(tmp_path / "whole", **settings))
+    pretrain(small_recipe(tmp_path / "parts", train__steps=5, schedule__total_steps=12, **settings))
+    resume(tmp_path / "parts", train__steps=12)
+    whole = load_checkpoint(tmp_path / "whole")
+    assert_same_end(tmp_path / "parts", whole)
+    weights = [w for name, w in whole.weights.items() if name.endswith("qkv.weight")]
+    assert weights and all(w.dtype == torch.float32 for w in weights)
+    assert all(not torch.equal(w, w.bfloat16().float()) for w in weights)
