@@ -134,7 +134,7 @@ def test_opcheck():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("lengths", "expected"), [([60, 3], 1), ([100, 3], 1), ([190, 3], 2)])
 def test_launches_of_a_backward(monkeypatch, lengths, expected):
-    packing, qkv = _qkv(lengths)
+    packing, qkv = _qkv(lengths, head_dim=64)
     out, kinds, original = _attend(qkv, packing), [], KernelLaunch.run
 
     def run(self):
@@ -144,7 +144,7 @@ def test_launches_of_a_backward(monkeypatch, lengths, expected):
     monkeypatch.setattr(KernelLaunch, "run", run)
     out.sum().backward()
     capability = table_capability(qkv.device)
-    plan = backward_plan(32, max(lengths), max(lengths), qkv.dtype, capability)
+    plan = backward_plan(64, max(lengths), max(lengths), qkv.dtype, capability)
     assert kinds == [step.kind for step in plan] and len(kinds) == expected
 
 

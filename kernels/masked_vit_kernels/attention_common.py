@@ -95,7 +95,7 @@ def forward_config(
     if head_dim <= 32 or max_seqlen_q <= 128:
         return AttentionConfig(TILE, 64, 4, 2)
     # Wide tiles read each key tile half as often from L2, which is what these lengths wait for.
-    return AttentionConfig(WIDE_TILE, 64, 8, 2)
+    return AttentionConfig(WIDE_TILE, 64, 8, 2, 128 if capability == 90 else None)
 
 
 def backward_plan(
@@ -126,7 +126,7 @@ def backward_plan(
     short, long = _up_to_128_keys(head_dim, capability), _up_to_256_keys(head_dim, capability)
     if max_seqlen_k <= 128:
         return (short,)
-    if short == long:
+    if short == long or head_dim <= 32:  # one launch: by the estimate two phases suit the short too
         return (long,)
     return (
         dataclasses.replace(long, keys_over=128),
@@ -152,10 +152,12 @@ def _up_to_128_keys(head_dim: int, capability: int) -> BackwardStep:
 
 def _up_to_256_keys(head_dim: int, capability: int) -> BackwardStep:
     if head_dim <= 32:
-        # tcgen05 takes at most 8 warps of a program here; mma.sync and wgmma hide more with 16.
-        return BackwardStep("resident", AttentionConfig(32, 256, 8 if capability == 100 else 16, 1))
-    rows = 32 if capability == 80 or head_dim > WIDEST_TUNED else 64
-    return BackwardStep("two_phase", AttentionConfig(rows, 64, 8, 1))
+        return BackwardStep("two_phase", AttentionConfig(64, 64, 4, 1, 168))
+    if capability == 80 or head_dim > WIDEST_TUNED:
+        return BackwardStep("two_phase", AttentionConfig(32, 64, 8, 1))
+    # 4 warps share a 64-row product without repeating work; D=88 spills with them on Hopper.
+    warps = 8 if capability == 90 and head_dim > 80 else 4
+    return BackwardStep("two_phase", AttentionConfig(64, 64, warps, 1))
 
 
 def _flash(queries: AttentionConfig, keys: AttentionConfig) -> tuple[BackwardStep, ...]:
