@@ -75,7 +75,8 @@ class ModelConfig:
         prune_predictor: the predictor's last block computes target rows only (exact).
         prune_target: the target encoder's last block computes target rows only (exact).
         share_predictor: the predictor's first block computes queries, keys and values of a context
-            row once for all target blocks, and of mask tokens once a position (exact).
+            row once for all target blocks, and of mask tokens once a position (exact; saves 0.2 to
+            1 % of a step's operations for wider gathers, and was not measured to be faster).
         residual: dtype of the residual stream in the bf16 modes of `train.precision`; LayerNorm
             statistics are float32 either way.
         image_mean: subtracted from each channel of pixels in [0, 1].
@@ -100,7 +101,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     prune_predictor: bool = True
     prune_target: bool = True
-    share_predictor: bool = True
+    share_predictor: bool = False
     residual: Literal["fp32", "bf16"] = "fp32"
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)

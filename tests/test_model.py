@@ -71,8 +71,8 @@ def assert_same_loss_and_gradients(model, loss, other_loss, tolerance=1e-10):
     [
         {},
         {"prune_predictor": False},
-        {"share_predictor": False},
-        {"predictor_depth": 1},
+        {"share_predictor": True},
+        {"share_predictor": True, "predictor_depth": 1},
         {"prune_target": False},
         {"loss": "l2"},
         {"target": "pixels"},

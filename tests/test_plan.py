@@ -60,8 +60,9 @@ def plain_attention(monkeypatch):
     "settings",
     [
         {},
-        {"prune_predictor": False, "prune_target": False, "share_predictor": False},
-        {"predictor_depth": 1},
+        {"prune_predictor": False, "prune_target": False},
+        {"share_predictor": True},
+        {"share_predictor": True, "predictor_depth": 1},
         {"target": "pixels"},
         {"target_masking": "input"},
     ],
