@@ -105,6 +105,7 @@ class _Plan:
     buckets: tuple[_Bucket, ...]
     covers_queries: bool  # every query row is in a bucket: buffers need no zeros
     covers_keys: bool
+    uniform: bool  # self-attention of sequences of one length, without padding
 
 
 @functools.lru_cache(maxsize=16)
@@ -136,6 +137,7 @@ def _plan(
         tuple(buckets),
         covers_queries=int(lengths_q[order].sum()) == rows_q,
         covers_keys=int(lengths_k[order].sum()) == rows_k,
+        uniform=shared and len(order) > 0 and bool((lengths_q * len(lengths_q) == rows_q).all()),
     )
 
 
@@ -219,6 +221,8 @@ def _attention_forward(
     """-> out (Tq, H, Dh), lse (Tq, H) in float32, or float64 for float64 inputs."""
     q, k, v = _split(inputs)
     (tokens, heads, head_dim), plan = q.shape, _plan_for(q, k, cu_seqlens_q, cu_seqlens_k)
+    if plan.uniform:
+        return _uniform_forward(q, k, v, cu_seqlens_q.shape[0] - 1, scale)
     matrices = [_head_rows(x) for x in (q, k, v)]
     allocate = q.new_empty if plan.covers_queries else q.new_zeros
     out = allocate(tokens + 1, heads, head_dim)
@@ -237,6 +241,16 @@ def _attention_forward(
         out.index_copy_(0, places, bucket_out.transpose(1, 2).reshape(-1, heads, head_dim))
         lse.index_copy_(0, places, bucket_lse.transpose(1, 2).reshape(-1, heads))
     return out[:tokens], lse[:tokens]
+
+
+def _uniform_forward(
+    q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Sequences of one length are a dense batch already: nothing is copied into order."""
+    dense = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    out, lse = _flash_forward(*dense, scale=scale)  # (S, H, P, Dh), (S, H, P)
+    out = out.transpose(1, 2).reshape(q.shape)
+    return out, lse.transpose(1, 2).to(_lse_dtype(q)).reshape(q.shape[:2])
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
