@@ -36,15 +36,16 @@ if [ "$DRY" = --dry ]; then
     part profile 200 "$PYTHON" bench/profile_step.py --size demo --out "$OUT/profile.json"
     part curves 300 "$PYTHON" bench/precision_curves.py --steps 3 --out "$OUT/results"
 else
-    part doctor 30 "$PYTHON" -m ijepa.cli doctor
-    part tests 150 "$PYTHON" -m pytest -q -x -m gpu tests
-    part step 170 env BENCH_SIZES=${BENCH_SIZES:-B/16,H/14} "$PYTHON" -m pytest -q -s bench/bench_step.py
-    part kernels 100 "$PYTHON" -m pytest -q -s bench --ignore bench/bench_step.py \
+    part doctor 15 "$PYTHON" -m ijepa.cli doctor
+    part tests 120 "$PYTHON" -m pytest -q -m gpu tests
+    # compiling takes most of it: larger models one at a time, BENCH_SIZES=H/14
+    part step 200 env BENCH_SIZES="${BENCH_SIZES:-B/16}" "$PYTHON" -m pytest -q -s bench/bench_step.py
+    part kernels 80 "$PYTHON" -m pytest -q -s bench --ignore bench/bench_step.py \
         --ignore bench/bench_decode.py --ignore bench/bench_masks.py -m "gpu or not gpu"
-    part profile 40 "$PYTHON" bench/profile_step.py --size ${PROFILE_SIZE:-B/16} --out "$OUT/profile.json"
-    part curves 40 "$PYTHON" bench/precision_curves.py --steps 500 --out "$OUT/results"
+    part profile 60 "$PYTHON" bench/profile_step.py --size "${PROFILE_SIZE:-B/16}" --out "$OUT/profile.json"
+    part curves 30 "$PYTHON" bench/precision_curves.py --steps 500 --out "$OUT/results"
 fi
 find bench/results -name '*.json' -newer "$OUT/started" -exec cp -t "$OUT/results" {} + 2>/dev/null
-part report 60 "$PYTHON" bench/report.py --results "$OUT/results" --out "$OUT/RESULTS.md"
+part report 20 "$PYTHON" bench/report.py --results "$OUT/results" --out "$OUT/RESULTS.md"
 cat "$OUT/summary.txt"
 ! grep -qv "exit 0 " "$OUT/summary.txt"

@@ -107,7 +107,9 @@ def record_cuda_graph() -> Recorder:
 
     def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pools[0] if pools else None):
+        # thread_local: the loader's pinning thread allocates whenever it likes
+        pool = pools[0] if pools else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = function()
         pools.append(graph.pool())
         return graph.replay, result
