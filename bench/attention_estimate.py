@@ -129,14 +129,14 @@ def launches(lengths: list[int], heads: int, head_dim: int) -> dict[str, list[Ke
     qkv, dqkv = (_meta(total, 3, heads, head_dim).unbind(1) for _ in range(2))
     out, dout = _meta(total, heads, head_dim), _meta(total, heads, head_dim)
     lse = _meta(heads, total, dtype=torch.float32)
-    bounds, maps = (packing.cu_seqlens, packing.cu_seqlens), (packing.tile_map,) * 2
+    bounds, maps = (packing.cu_seqlens, packing.cu_seqlens), (packing.tile_map, packing.tile_map)
     forward = forward_launch(
         *qkv, out, lse, *bounds, packing.tile_map, packing.wide_tile_map, longest, longest, scale,
         capability=90,
     )  # fmt: skip
     backward = backward_launches(
-        *qkv, out, dout, lse, lse, *dqkv, *bounds, packing.sequence_order, *maps, longest, longest,
-        scale, capability=90,
+        *qkv, out, dout, lse, lse, *dqkv, *bounds, packing.sequence_order, *maps,
+        packing.wide_tile_map, longest, longest, scale, capability=90,
     )  # fmt: skip
     return {"forward": [forward], "backward": backward}
 

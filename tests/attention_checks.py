@@ -103,6 +103,7 @@ def check_attention(case: AttentionProblem, *, config=None, plan=None) -> dict[s
     buffers["lse"] = poisoned(case.heads, rows_q, device=case.device)
     delta = poisoned(case.heads, rows_q, device=case.device)
     maps_q = (packing_q.tile_map, packing_q.wide_tile_map) if case.maps else (None, None)
+    maps_k = (packing_k.tile_map, packing_k.wide_tile_map) if case.maps else (None, None)
     order = packing_k.sequence_order if case.maps else None
     bounds = packing_q.cu_seqlens, packing_k.cu_seqlens
     longest = packing_q.max_seqlen, packing_k.max_seqlen
@@ -113,7 +114,7 @@ def check_attention(case: AttentionProblem, *, config=None, plan=None) -> dict[s
     for launch in backward_launches(
         q, k, v, buffers["out"].tensor, dout, buffers["lse"].tensor, delta.tensor,
         buffers["dq"].tensor, buffers["dk"].tensor, buffers["dv"].tensor, *bounds, order,
-        maps_q[0], packing_k.tile_map if case.maps else None, *longest, scale, plan=plan,
+        maps_q[0], *maps_k, *longest, scale, plan=plan,
     ):  # fmt: skip
         launch.run()
     results = {name: buffer.check() for name, buffer in buffers.items()}

@@ -124,7 +124,7 @@ def test_no_synchronisation_and_autocast():
 @pytest.mark.gpu
 def test_opcheck():
     packing, qkv = _qkv([5, 100, 0, 190])
-    maps = (packing.tile_map, packing.wide_tile_map, packing.tile_map, packing.sequence_order)
+    maps = (packing.tile_map, packing.wide_tile_map) * 2 + (packing.sequence_order,)
     bounds = (packing.cu_seqlens, packing.cu_seqlens)
     torch.library.opcheck(
         attention._attention, (qkv, None, None, *bounds, *maps, 190, 190, 32**-0.5)

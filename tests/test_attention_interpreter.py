@@ -96,8 +96,8 @@ def test_op_gives_one_gradient_buffer(packed):
 def _op_arguments(maps: bool):
     packing = pack_lengths([3, 17, 0, 9], capacity=40)
     bounds = (packing.cu_seqlens, packing.cu_seqlens)
-    tiles = (packing.tile_map, packing.wide_tile_map, packing.tile_map, packing.sequence_order)
-    return (*bounds, *(tiles if maps else [None] * 4), 17, 17, 0.2)
+    tiles = (packing.tile_map, packing.wide_tile_map) * 2 + (packing.sequence_order,)
+    return (*bounds, *(tiles if maps else [None] * 5), 17, 17, 0.2)
 
 
 @pytest.mark.parametrize("maps", [True, False])
@@ -108,10 +108,10 @@ def test_opcheck(maps):
     q, k, v = (part.detach().clone().requires_grad_() for part in qkv.unbind(1))
     torch.library.opcheck(attention._attention, (q, k, v, *arguments))
     out, lse = attention._attention(qkv.detach(), None, None, *arguments)
-    bounds, numbers = arguments[:2], arguments[6:]
+    bounds, numbers = arguments[:2], arguments[7:]
     torch.library.opcheck(
         attention._attention_backward,
-        (out, out, lse, qkv.detach(), None, None, *bounds, None, None, None, *numbers),
+        (out, out, lse, qkv.detach(), None, None, *bounds, *[None] * 4, *numbers),
     )
 
 
@@ -173,3 +173,21 @@ def test_backward_plan_takes_every_length_once():
 @pytest.mark.parametrize("config", [AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 128, 4, 1)])
 def test_other_forward_tiles(config):
     check_attention(problem(40, 256, torch.float16, "qkv", heads=1), config=config)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [24, 80, 128])
+def test_with_and_without_maps_the_tiles_are_the_same(head_dim, dtype, capability):
+    """A map of another tile height than the kernel's would make two programs do the same rows."""
+    for longest in (64, 128, 256, 1000):
+        launches = list(attention._audit_length(dtype, head_dim, longest, capability))
+        for case in launches:
+            arguments = case.launch.arguments
+            kind = arguments.get("KIND", "forward")
+            entries = arguments.get("tile_map_ptr", arguments.get("order_ptr"))
+            if kind in ("forward", "flash_queries", "flash_keys"):
+                rows = arguments["BLOCK_K" if kind == "flash_keys" else "BLOCK_Q"]
+                assert entries.shape == (16384 // rows + 128, 2), case.name
+            else:
+                assert entries.shape == (128,), case.name

@@ -41,6 +41,7 @@ def _attention(
     tile_map_q: Tensor | None,
     wide_tile_map_q: Tensor | None,
     tile_map_k: Tensor | None,
+    wide_tile_map_k: Tensor | None,
     sequence_order: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -75,6 +76,7 @@ def _attention_backward(
     cu_seqlens_k: Tensor,
     tile_map_q: Tensor | None,
     tile_map_k: Tensor | None,
+    wide_tile_map_k: Tensor | None,
     sequence_order: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -90,7 +92,7 @@ def _attention_backward(
     dq, dk, dv = _split(*gradients, *[None] * (3 - len(gradients)))
     launches = backward_launches(
         q, k, v, out, readable(dout), lse, backward_scratch(q), dq, dk, dv,
-        cu_seqlens_q, cu_seqlens_k, sequence_order, tile_map_q, tile_map_k,
+        cu_seqlens_q, cu_seqlens_k, sequence_order, tile_map_q, tile_map_k, wide_tile_map_k,
         max_seqlen_q, max_seqlen_k, softmax_scale,
     )  # fmt: skip
     for launch in launches:
@@ -104,18 +106,18 @@ def _(dout, out, lse, x, y, z, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, z, cu_q, cu_k, tile_map_q, _, tile_map_k, order, *ctx.numbers = inputs
+    x, y, z, cu_q, cu_k, map_q, _, map_k, wide_map_k, order, *ctx.numbers = inputs
     out, lse = output
-    ctx.save_for_backward(x, y, z, cu_q, cu_k, tile_map_q, tile_map_k, order, out, lse)
+    ctx.save_for_backward(x, y, z, cu_q, cu_k, map_q, map_k, wide_map_k, order, out, lse)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx, dout, _dlse):
-    x, y, z, cu_q, cu_k, tile_map_q, tile_map_k, order, out, lse = ctx.saved_tensors
+    x, y, z, cu_q, cu_k, map_q, map_k, wide_map_k, order, out, lse = ctx.saved_tensors
     gradients = _attention_backward(
-        dout, out, lse, x, y, z, cu_q, cu_k, tile_map_q, tile_map_k, order, *ctx.numbers
+        dout, out, lse, x, y, z, cu_q, cu_k, map_q, map_k, wide_map_k, order, *ctx.numbers
     )
-    return (*gradients, *[None] * (12 - len(gradients)))
+    return (*gradients, *[None] * (13 - len(gradients)))
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -269,6 +271,7 @@ def triton_attention(
         None if packing_q is None else packing_q.tile_map,
         None if packing_q is None else packing_q.wide_tile_map,
         None if packing_k is None else packing_k.tile_map,
+        None if packing_k is None else packing_k.wide_tile_map,
         None if packing_k is None else packing_k.sequence_order,
         max_seqlen_q,
         max_seqlen_k,
@@ -360,7 +363,8 @@ def _audit_length(
 
     launches = backward_launches(
         *qkv.unbind(1), out, dout, lse, lse, *dqkv.unbind(1), cu_seqlens, cu_seqlens, order,
-        tile_map, tile_map, max_seqlen, max_seqlen, head_dim**-0.5, capability=capability,
+        tile_map, tile_map, wide_tile_map, max_seqlen, max_seqlen, head_dim**-0.5,
+        capability=capability,
     )  # fmt: skip
     for launch in launches:
         kind, keys = launch.arguments["KIND"], launch.arguments["BLOCK_K"]

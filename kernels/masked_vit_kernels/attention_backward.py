@@ -42,6 +42,7 @@ from masked_vit_kernels.launch import (
     round_up_to_power_of_two,
     table_capability,
 )
+from masked_vit_kernels.packing import TILE, WIDE_TILE
 
 
 @triton.jit
@@ -330,6 +331,7 @@ def backward_launches(
     sequence_order: Tensor | None,
     tile_map_q: Tensor | None,
     tile_map_k: Tensor | None,
+    wide_tile_map_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
@@ -344,7 +346,7 @@ def backward_launches(
         lse: (H, Tq) fp32 of the forward; delta (H, Tq) fp32 scratch, unused by "resident".
         dq, dk, dv: (T, H, D) views to write.
         sequence_order: (S,) int32, longest sequences first, or None.
-        tile_map_q, tile_map_k: of the two packings, or None.
+        tile_map_q, tile_map_k, wide_tile_map_k: of the two packings, or None.
         plan: default: `backward_plan`.
         capability: entry of the launch table; default: the device's.
     """
@@ -364,7 +366,9 @@ def backward_launches(
                 (max_seqlen_q, config.block_q) if queries else (max_seqlen_k, config.block_k)
             )
             tiles_per_sequence = -(-longest // rows)
-            order = tile_map_q if queries else tile_map_k
+            # A tile of another height than the map's would do rows twice: no such entry here.
+            maps = {TILE: tile_map_q} if queries else {TILE: tile_map_k, WIDE_TILE: wide_tile_map_k}
+            order = maps[rows]
             num_work = num_sequences * tiles_per_sequence if order is None else order.shape[0]
         clearing = CLEARING_PROGRAMS if number == 0 else 0
         launches.append(

@@ -108,11 +108,13 @@ def backward_plan(
     another program onto the multiprocessor.
     """
     if dtype == torch.float32:
-        config = AttentionConfig(64, 64, 4, 1)
         if max_seqlen_k > 256:
-            return _flash(config, config)
-        kind = "resident" if max_seqlen_k <= 64 else "two_phase"
-        return (BackwardStep(kind, config),)
+            return _flash(AttentionConfig(64, 32, 4, 1), AttentionConfig(32, 64, 4, 1))
+        if max_seqlen_k <= 64:
+            return (BackwardStep("resident", AttentionConfig(64, 64, 4, 1)),)
+        # Five 64 x 64 tiles of tf32 products do not fit Blackwell's tensor memory at D=128.
+        rows = 32 if capability == 100 else 64
+        return (BackwardStep("two_phase", AttentionConfig(rows, rows, 4, 1)),)
     # No Ampere program holds a whole sequence of D=88: two launches of 64-row tiles do not spill.
     if max_seqlen_k > 256 or (max_seqlen_k > 64 and capability == 80 and head_dim > 80):
         if head_dim > WIDEST_TUNED:
