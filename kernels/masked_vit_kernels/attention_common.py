@@ -108,11 +108,12 @@ def backward_plan(
     another program onto the multiprocessor.
     """
     if dtype == torch.float32:
-        if max_seqlen_k > 256:
+        if max_seqlen_k > 256 and capability != 100:
             return _flash(AttentionConfig(64, 32, 4, 1), AttentionConfig(32, 64, 4, 1))
         if max_seqlen_k <= 64:
             return (BackwardStep("resident", AttentionConfig(64, 64, 4, 1)),)
-        # Five 64 x 64 tiles of tf32 products do not fit Blackwell's tensor memory at D=128.
+        # tf32 products with 64 rows overflow Blackwell's tensor memory at D=128, flash's too; those
+        # with 32 rows run on mma.sync.
         rows = 32 if capability == 100 else 64
         return (BackwardStep("two_phase", AttentionConfig(rows, rows, 4, 1)),)
     # No Ampere program holds a whole sequence of D=88: two launches of 64-row tiles do not spill.
