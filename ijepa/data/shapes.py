@@ -48,9 +48,9 @@ def _coverage(classes: np.ndarray, draws: np.ndarray, size: tuple[int, int]) -> 
     """Share of each pixel inside the shape: (n,), (n, 4) -> (n, H, W) float32."""
     height, width = size
     shorter = min(size)
-    radius = shorter * (0.2 + 0.11 * draws[:, 0])  # of the disc; the others have its area
-    centre_y = height / 2 + 0.15 * height * (draws[:, 1] - 0.5)
-    centre_x = width / 2 + 0.15 * width * (draws[:, 2] - 0.5)
+    radius = shorter * (0.18 + 0.1 * draws[:, 0])  # of the disc; the others have its area
+    centre_y = height / 2 + 0.35 * height * (draws[:, 1] - 0.5)
+    centre_x = width / 2 + 0.35 * width * (draws[:, 2] - 0.5)
     angle = 2 * math.pi * draws[:, 3]
     step = np.float32(1 / _SUPERSAMPLING)
     rows = (np.arange(height * _SUPERSAMPLING, dtype=np.float32) + 0.5) * step
