@@ -182,7 +182,7 @@ def matmul_rate(precision: str) -> float:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(3):
+    for _ in range(10):
         synchronize()
         start = now()
         for _ in range(repeats):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,9 @@ RUNS = {  # label -> precision, residual stream
     "bf16 weights": ("bf16-params", "fp32"),
     "bf16 weights, bf16 residual": ("bf16-params", "bf16"),
 }
-CPU_MODEL = {"model.image_size": [24, 24], "model.width": 48, "model.depth": 2, "model.heads": 2,
-             "model.predictor_width": 24, "model.predictor_depth": 1, "model.predictor_heads": 1,
-             "train.batch_size": 8}  # fmt: skip
+CPU_MODEL = {"model.image_size": [24, 24], "model.width": 32, "model.depth": 2, "model.heads": 2,
+             "model.predictor_width": 16, "model.predictor_depth": 1, "model.predictor_heads": 1,
+             "train.batch_size": 4}  # fmt: skip
 GPU_MODEL = {"model.image_size": [64, 64], "model.width": 384, "model.depth": 6, "model.heads": 6,
              "model.predictor_width": 192, "model.predictor_depth": 3, "model.predictor_heads": 6,
              "train.batch_size": 64}  # fmt: skip
@@ -67,9 +68,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     curves = {}
     for label in RUNS:
+        started = time.process_time()
         curves[label] = losses_of(label, arguments.steps, device)
+        seconds = time.process_time() - started
         tail = curves[label][-50:]
-        print(f"{label:30} mean of the last {len(tail)} losses {np.mean(tail):.5f}", flush=True)
+        print(
+            f"{label:30} mean of the last {len(tail)} losses {np.mean(tail):.5f}, {seconds:.0f} s"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = device_name(device.type).replace(" ", "-")
     result = {"device": device_name(device.type), "torch": torch.__version__, "losses": curves}
