@@ -29,8 +29,8 @@ Written by `bench/report.py` from the files in `bench/results`. Every figure nam
   dense providers cannot represent.
 - MFU counts our step's matrix products, exact cuts included, against a large matrix product
   measured in the same run; dense providers compute somewhat more than is counted.
-- CPU figures are one thread's process time, medians of interleaved rounds. On a machine that others
-  use too, ratios within a table hold; milliseconds and MFU differ from table to table with the load.
+- CPU figures are one thread's process time, medians of interleaved rounds. Under other load, ratios
+  within a table hold; milliseconds and MFU differ from table to table.
 - CPU steps are float32: machines without AMX or AVX512-BF16 emulate bfloat16 products.
 """
 
