@@ -32,7 +32,7 @@ if [ "$DRY" = --dry ]; then
     # "gpu" tests are collected but not run: there is nothing to run them on
     part tests 300 "$PYTHON" -m pytest -q -m gpu --collect-only tests
     part kernels 300 "$PYTHON" -m pytest -q -s bench/bench_prediction_loss.py
-    BENCH_SIZES=demo part step 300 "$PYTHON" -m pytest -q -s bench/bench_step.py
+    BENCH_SIZES=demo part step 600 "$PYTHON" -m pytest -q -s bench/bench_step.py
     part profile 200 "$PYTHON" bench/profile_step.py --size demo --out "$OUT/profile.json"
     part curves 300 "$PYTHON" bench/precision_curves.py --steps 3 --out "$OUT/results"
 else
