@@ -179,7 +179,7 @@ def test_lengths_become_steps():
 
 def test_lengths_that_cannot_be_told_are_refused():
     with pytest.raises(ValueError, match=r"batch_size 64 exceeds the 63 images"):
-        load_recipe("shapes-tiny").in_steps(63)
+        load_recipe("shapes-tiny", {"train.batch_size": 64}).in_steps(63)
     with pytest.raises(ValueError, match=r"train\.steps or train\.epochs"):
         Recipe().in_steps(1000)
 
