@@ -111,10 +111,12 @@ def test_the_installed_command_is_the_one_the_readme_names():
         assert command in commands
 
 
-def test_the_readmes_python_example_runs():
+def test_the_readmes_python_examples_run():
     text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    model_example, ops_example = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     scope: dict = {}
-    exec(example, scope)
+    exec(model_example, scope)
     assert scope["loss"].ndim == 0 and scope["loss"] > 0
     assert scope["features"].shape == (8, 96)
+    exec(ops_example, scope)
+    assert scope["out"].shape == (17, 4, 24) and scope["visible"].shape == (2, 50, 64)
