@@ -100,6 +100,11 @@ class MaskBatch:
         """(Tt,) row of each target's mask token in the predictor's packed sequences."""
         return self.predictor_packing.target_rows
 
+    @property
+    def predictor_target_packing(self) -> Packing:
+        """`target_packing` for `predictor_target_rows`: blocks may share a patch, never a row."""
+        return dataclasses.replace(self.target_packing, unique=True)
+
     def context_of(self, image: int) -> Tensor:
         """(K,) context patch ids of one image."""
         return _sequence(self.context, self.context_packing, image)

@@ -69,17 +69,17 @@ class Predictor(nn.Module):
                 masks.targets,
                 masks.predictor_packing,
             )  # (Tp, P)
-        target_rows = masks.predictor_target_rows
+        asked = KeptRows(masks.predictor_target_rows, masks.predictor_target_packing)
         x = run_blocks(
             self.predictor_blocks,
             x,
             masks.predictor_packing,
-            kept=KeptRows(target_rows, masks.target_packing) if self.prune else None,
+            kept=asked if self.prune else None,
             repeated=repeated,
             activation_checkpointing=self.activation_checkpointing,
         )
         if not self.prune:
-            x = gather_tokens(x, target_rows)
+            x = gather_tokens(x, asked.rows, asked.packing)
         return self.predictor_proj(self.predictor_norm(x))  # (Tt, target width)
 
     def _distinct_tokens(self, context: Tensor, masks: MaskBatch) -> RepeatedRows:

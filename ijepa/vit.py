@@ -50,7 +50,8 @@ class KeptRows:
 
     Attributes:
         rows: (K,) int64 rows, sequence by sequence; -1 on padding.
-        packing: as many sequences as the tensor has, `packing.capacity` = K.
+        packing: as many sequences as the tensor has, `packing.capacity` = K, and its promise
+            `unique` about `rows`.
     """
 
     rows: Tensor
@@ -164,7 +165,7 @@ class Block(nn.Module):
         elif kept is None:
             x = x + self.attn(self.norm1(x), packing)
         else:
-            residual = gather_tokens(x, kept.rows)  # (K, D)
+            residual = gather_tokens(x, kept.rows, kept.packing)  # (K, D)
             x = residual + self.attn.attend_from(
                 self.norm1(residual), kept.packing, self.norm1(x), packing
             )

@@ -118,6 +118,7 @@ def assert_packed(batch: MaskBatch) -> None:
         assert max(lengths) <= packing.max_seqlen
     assert batch.context_packing.unique and batch.target_union_packing.unique
     assert batch.target_packing.unique == (batch.num_targets == 1)
+    assert batch.predictor_target_packing.unique and len(set(mask_rows)) == len(mask_rows)
 
 
 @EXAMPLES

@@ -1,11 +1,13 @@
 """The model against I-JEPA written out image by image, in float64, with all gradients."""
 
+from collections import Counter
 from dataclasses import replace
 
 import naive_ijepa
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa import IJEPA, VIT_SIZES, MaskBatch, ModelConfig
 from ijepa.mask_batch import MaskSizes
@@ -90,6 +92,51 @@ def test_loss_and_gradients_equal_the_written_out_model(settings):
     assert_same_loss_and_gradients(
         model, model(images, masks), naive_ijepa.loss(model, images, context, targets)
     )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("settings", [{}, {"prune_predictor": False}, {"share_predictor": True}])
+def test_the_kernels_compute_the_written_out_model(settings):
+    """Blocks that share patches: a gather that is wrongly promised distinct rows loses gradient."""
+    config = replace(CONFIG, depth=2, **settings)
+    model, images = make_model(config).float(), make_images().float()
+    masks = MaskBatch.from_lists(CONTEXT, TARGETS, config.grid)
+    context = [torch.tensor(ids) for ids in CONTEXT]
+    targets = [[torch.tensor(ids) for ids in image] for image in TARGETS]
+    assert_same_loss_and_gradients(
+        model, model(images, masks), naive_ijepa.loss(model, images, context, targets), 2e-4
+    )
+
+
+class OpNames(TorchDispatchMode):
+    """Counts the calls of the library's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "masked_vit_kernels":
+            self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sums"),
+    [({}, 0), ({"prune_predictor": False}, 0), ({"share_predictor": True}, 2)],
+    ids=str,
+)
+def test_only_rows_that_repeat_are_summed(settings, sums):
+    """Meta tensors take the path of CUDA tensors. The predictor's last rows are all distinct."""
+    model = IJEPA(replace(CONFIG, **settings)).to("meta")
+    model.prepare(3)
+    masks = MaskBatch.from_lists(CONTEXT, TARGETS, CONFIG.grid).to("meta")
+    with OpNames() as ops:
+        loss = model(
+            torch.empty(3, 2, 16, 18, device="meta"), masks, torch.empty((), device="meta")
+        )
+        loss.backward()
+    assert ops.counts["scatter_rows"] == 1 and ops.counts["accumulate_rows"] == sums
 
 
 @pytest.mark.parametrize("target_masking", ["output", "input"])
