@@ -56,19 +56,15 @@ class Predictor(nn.Module):
         """Context features (Tc, D) -> predictions (Tt, target width) in `masks.targets`' order."""
         context = self.predictor_embed(context)
         context = context.to(residual_dtype(self.residual, self.mask_token))
-        repeated = None
-        if self.share:
-            repeated = self._distinct_tokens(context, masks)
-            x = gather_tokens(repeated.distinct, repeated.index)  # (Tp, P)
-        else:
-            x = assemble_predictor_tokens(
-                context,
-                self.mask_token,
-                self.predictor_pos_embed,
-                masks.context,
-                masks.targets,
-                masks.predictor_packing,
-            )  # (Tp, P)
+        repeated = self._distinct_tokens(context, masks) if self.share else None
+        x = assemble_predictor_tokens(
+            context,
+            self.mask_token,
+            self.predictor_pos_embed,
+            masks.context,
+            masks.targets,
+            masks.predictor_packing,
+        )  # (Tp, P)
         asked = KeptRows(masks.predictor_target_rows, masks.predictor_target_packing)
         x = run_blocks(
             self.predictor_blocks,

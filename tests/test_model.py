@@ -123,7 +123,7 @@ class OpNames(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("settings", "sums"),
-    [({}, 0), ({"prune_predictor": False}, 0), ({"share_predictor": True}, 2)],
+    [({}, 0), ({"prune_predictor": False}, 0), ({"share_predictor": True}, 1)],
     ids=str,
 )
 def test_only_rows_that_repeat_are_summed(settings, sums):
