@@ -321,8 +321,14 @@ def audit_cases(capability: int) -> Iterator[AuditCase]:
                 yield from _audit_length(dtype, head_dim, max_seqlen, capability)
 
 
+_WIDEST_FLOAT32 = ((80, 128), (100, 88), (100, 128))
+
+
 def _is_core(dtype: torch.dtype, head_dim: int, max_seqlen: int, capability: int) -> bool:
-    """The narrowest and widest tuned heads everywhere; on Hopper D=80, long and fp16 as well."""
+    """The narrowest and widest tuned heads everywhere; on Hopper D=80, long and fp16 as well; the
+    float32 tiles that come closest to the limits of shared and tensor memory."""
+    if dtype == torch.float32 and max_seqlen == 128 and (capability, head_dim) in _WIDEST_FLOAT32:
+        return True
     if dtype != torch.bfloat16:
         return capability == 90 and head_dim == 32 and max_seqlen == 128
     if capability == 90 and head_dim == 80:

@@ -28,6 +28,7 @@ CLEARING_PROGRAMS = 4
 CLEARING_ROWS = 64
 
 NO_LIMIT = 2**31 - 1  # as a number of keys
+MAX_GRID_Y = 65535  # of CUDA
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,13 @@ def forward_config(
     Keys that fit one tile are attended to in one pass. block_q is `TILE` or `WIDE_TILE`.
     """
     if dtype == torch.float32:
-        return AttentionConfig(64, 64, 4, 1)
+        # 64 + 32 columns of tf32x3 products beside 64 keys overflow Blackwell's tensor memory.
+        narrow_keys = capability == 100 and 80 < head_dim <= 96
+        return AttentionConfig(TILE, 32 if narrow_keys else 64, 4, 1)
     if max_seqlen_k <= 64:
-        return AttentionConfig(TILE, 64, 4, 1)
+        # Four programs a multiprocessor; left alone, ptxas takes registers for three.
+        registers = 128 if capability == 80 and 64 < head_dim <= 80 else None
+        return AttentionConfig(TILE, 64, 4, 1, registers)
     if max_seqlen_k <= 128:
         # 64 x 128 scores beside 80 output columns spill where mma.sync holds both operands.
         if capability == 80 and head_dim > 64:
@@ -113,8 +118,9 @@ def backward_plan(
         if max_seqlen_k <= 64:
             return (BackwardStep("resident", AttentionConfig(64, 64, 4, 1)),)
         # tf32 products with 64 rows overflow Blackwell's tensor memory at D=128, flash's too; those
-        # with 32 rows run on mma.sync.
-        rows = 32 if capability == 100 else 64
+        # with 32 rows run on mma.sync. Wide heads overflow Ampere's shared memory with 64 rows.
+        narrow = capability == 100 or (capability == 80 and head_dim > WIDEST_TUNED)
+        rows = 32 if narrow else 64
         return (BackwardStep("two_phase", AttentionConfig(rows, rows, 4, 1)),)
     # No Ampere program holds a whole sequence of D=88: two launches of 64-row tiles do not spill.
     if max_seqlen_k > 256 or (max_seqlen_k > 64 and capability == 80 and head_dim > 80):
@@ -165,6 +171,15 @@ def _up_to_256_keys(head_dim: int, capability: int) -> BackwardStep:
 
 def _flash(queries: AttentionConfig, keys: AttentionConfig) -> tuple[BackwardStep, ...]:
     return (BackwardStep("flash_queries", queries), BackwardStep("flash_keys", keys))
+
+
+def attention_grid(num_heads: int, num_programs: int) -> tuple[int, int, int]:
+    """Programs a head on axes 1 and 2 (an axis but the first ends at 65535), heads fastest.
+
+    Programs past `num_programs` repeat the clearing of the padding rows.
+    """
+    layers = max(1, -(-num_programs // MAX_GRID_Y))
+    return num_heads, -(-num_programs // layers), layers
 
 
 def stride_arguments(name: str, x: Tensor) -> dict[str, int]:
