@@ -8,6 +8,8 @@ need no gradient. The attention over a sequence of n queries and m keys costs 4 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +23,7 @@ class TokenCounts:
     """Means over images of the lengths a step works on. "pairs" are queries times keys.
 
     Attributes:
-        images: images the means were taken over.
+        images: images of a batch, whose predictor may share inputs (`share_predictor`).
         context, targets, union, predictor: tokens of an image; targets counts overlaps.
         context_pairs, target_pairs, predictor_pairs: of self-attention.
         pruned_predictor_pairs: the last block's, where only target rows are queries.
@@ -47,7 +49,7 @@ class Flops:
 
 
 def count_tokens(masks: MaskBatch) -> TokenCounts:
-    """Lengths of the masks' sequences; draw a few hundred images for a stable mean."""
+    """Lengths of one batch's sequences; a stable mean takes a few hundred images."""
     images = masks.batch_size
     context = np.diff(masks.context_packing.cu_seqlens.numpy()).astype(np.float64)
     targets = np.diff(masks.target_packing.cu_seqlens.numpy()).astype(np.float64)
@@ -63,6 +65,16 @@ def count_tokens(masks: MaskBatch) -> TokenCounts:
         predictor_pairs=(predictor**2).sum() / images,
         pruned_predictor_pairs=(targets * predictor).sum() / images,
     )
+
+
+def mean_counts(batches: Sequence[TokenCounts]) -> TokenCounts:
+    """Means over batches of one size."""
+    sizes = {batch.images for batch in batches}
+    if len(sizes) != 1:
+        raise ValueError(f"batches must be of one size, got {sorted(sizes)}")
+    columns = zip(*(dataclasses.astuple(batch) for batch in batches), strict=True)
+    images, *lengths = (float(np.mean(column)) for column in columns)
+    return TokenCounts(int(images), *lengths)
 
 
 def step_flops(config: ModelConfig, tokens: TokenCounts) -> dict[str, Flops]:

@@ -15,8 +15,7 @@ from rich.table import Table
 from ijepa.components import build_mask_sampler
 from ijepa.config import ModelConfig, Recipe
 from ijepa.counter_rng import derive_keys
-from ijepa.flops import Flops, TokenCounts, count_tokens, step_flops
-from ijepa.mask_sampler import MaskSampler
+from ijepa.flops import Flops, TokenCounts, count_tokens, mean_counts, step_flops
 from ijepa.recipes import check_known
 
 DEFAULT_MFU = 0.5
@@ -24,7 +23,7 @@ IMAGENET_IMAGES = 1_281_167  # what a recipe of a folder without a number of ima
 _GIB = 2**30
 _RESIDUAL = 4  # bytes an element of the residual stream
 _RESERVED = 0.08  # share of memory left to the context, the allocator and workspaces
-_SAMPLE_IMAGES = 512
+_SAMPLE_IMAGES, _SAMPLE_BATCHES = 512, 64
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,14 @@ class Plan:
         images_per_second: of all GPUs.
         seconds: of the whole run.
         mfu: share of the GPU's datasheet rate the times assume.
+        micro_batch: images of a GPU's forward pass, as the recipe has it.
     """
 
     recipe: Recipe
     gpu: Gpu
     gpus: int
     mfu: float
+    micro_batch: float
     flops: dict[str, Flops]
     parameters: dict[str, int]
     state_bytes: int
@@ -84,81 +85,47 @@ def plan_recipe(
     mfu: float | None = None,
     num_images: int | None = None,
 ) -> Plan:
-    """`make_plan` from names: the GPU by its key in `GPUS`, the recipe's own masks and data.
+    """Plan a run of `recipe`.
 
     Args:
-        gpus: default 8.
-        mfu: default 0.5.
-        num_images: default: the recipe's own for rendered images, else ImageNet-1k's.
+        gpu: a key of `GPUS`.
+        gpus: data-parallel GPUs, default 8.
+        mfu: 0 to 1, default 0.5.
+        num_images: of the training set, where the recipe counts epochs. Default: the recipe's own
+            for rendered images, else ImageNet-1k's.
 
     Raises:
         ValueError: an unknown GPU (lists the known ones) or a figure out of its range.
     """
     check_known([gpu.lower()], list(GPUS), "unknown GPU")
+    device = GPUS[gpu.lower()]
+    gpus = 8 if gpus is None else gpus
+    mfu = DEFAULT_MFU if mfu is None else mfu
     if num_images is None:
         rendered = recipe.data.source != "folder"
         num_images = recipe.data.num_images if rendered else IMAGENET_IMAGES
-    return make_plan(
-        recipe,
-        build_mask_sampler(recipe.masks, recipe.model.grid, _SAMPLE_IMAGES, torch.device("cpu")),
-        GPUS[gpu.lower()],
-        8 if gpus is None else gpus,
-        num_images,
-        DEFAULT_MFU if mfu is None else mfu,
-    )
-
-
-def flops_per_image(recipe: Recipe) -> float:
-    """Operations an image costs in a step of this recipe."""
-    cpu = torch.device("cpu")
-    sampler = build_mask_sampler(recipe.masks, recipe.model.grid, _SAMPLE_IMAGES, cpu)
-    tokens = count_tokens(sampler(keys=derive_keys(0, np.arange(_SAMPLE_IMAGES))))
-    return sum(part.total for part in step_flops(recipe.model, tokens).values())
-
-
-def known_gpu(device_name: str) -> Gpu | None:
-    """The entry of `GPUS` for a name as the driver gives it, "NVIDIA H100 80GB HBM3"."""
-    name = device_name.lower().replace(" ", "")
-    if "a100" in name:
-        return GPUS["a100-40" if "40gb" in name else "a100"]
-    return next((gpu for key, gpu in GPUS.items() if key in name), None)
-
-
-def make_plan(
-    recipe: Recipe, sampler: MaskSampler, gpu: Gpu, gpus: int, num_images: int, mfu: float
-) -> Plan:
-    """Plan a run of `recipe`.
-
-    Args:
-        sampler: the recipe's masks; 512 images are drawn from it for the mean lengths.
-        gpus: data-parallel GPUs.
-        num_images: of the training set, where the recipe counts epochs.
-        mfu: 0 to 1.
-
-    Raises:
-        ValueError: `gpus` < 1 or `mfu` outside (0, 1].
-    """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must lie in (0, 1], got {mfu}")
     config = recipe.model
-    tokens = count_tokens(sampler(keys=derive_keys(0, np.arange(_SAMPLE_IMAGES))))
+    micro_batch = recipe.train.batch_size / (gpus * recipe.train.accumulate)
+    tokens = sample_tokens(recipe, max(round(micro_batch), 1))
     flops = step_flops(config, tokens)
     parameters = count_parameters(config)
     state = state_bytes(parameters, recipe.train.precision)
     image = activation_bytes(config, tokens, recipe.train.precision)
-    room = gpu.memory * _GIB * (1 - _RESERVED) - state
-    total_flops = sum(part.total for part in flops.values())
-    rate = gpus * gpu.teraflops * 1e12 * mfu / total_flops
+    room = device.memory * _GIB * (1 - _RESERVED) - state
+    rate = gpus * device.teraflops * 1e12 * mfu / _total(flops)
     steps = recipe.in_steps(num_images).train.steps
     assert steps is not None  # in_steps fills it in
     images = float(steps) * recipe.train.batch_size
     return Plan(
         recipe=recipe,
-        gpu=gpu,
+        gpu=device,
         gpus=gpus,
         mfu=mfu,
+        micro_batch=micro_batch,
         flops=flops,
         parameters=parameters,
         state_bytes=state,
@@ -168,6 +135,36 @@ def make_plan(
         images=images,
         seconds=images / rate,
     )
+
+
+def flops_per_image(recipe: Recipe, micro_batch: int) -> float:
+    """Operations an image costs in a step of this recipe."""
+    return _total(step_flops(recipe.model, sample_tokens(recipe, micro_batch)))
+
+
+def sample_tokens(recipe: Recipe, micro_batch: int) -> TokenCounts:
+    """Mean lengths of the recipe's masks, over at least 512 images.
+
+    They are drawn in batches of the run's own size: truncated masks depend on it, and share one
+    block size a batch, so that their means take many batches.
+    """
+    cpu = torch.device("cpu")
+    sampler = build_mask_sampler(recipe.masks, recipe.model.grid, micro_batch, cpu)
+    batches = max(-(-_SAMPLE_IMAGES // micro_batch), _SAMPLE_BATCHES * sampler.couples_batch)
+    keys = derive_keys(0, np.arange(batches * micro_batch)).reshape(batches, micro_batch)
+    return mean_counts([count_tokens(sampler(keys=batch)) for batch in keys])
+
+
+def _total(flops: dict[str, Flops]) -> float:
+    return sum(part.total for part in flops.values())
+
+
+def known_gpu(device_name: str) -> Gpu | None:
+    """The entry of `GPUS` for a name as the driver gives it, "NVIDIA H100 80GB HBM3"."""
+    name = device_name.lower().replace(" ", "")
+    if "a100" in name:
+        return GPUS["a100-40" if "40gb" in name else "a100"]
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -264,8 +261,7 @@ def render_plan(plan: Plan) -> Table:
             f"{part}, forward / with backward",
             f"{flops.forward / 1e9:,.1f} / {flops.total / 1e9:,.1f} GFLOP an image",
         )
-    total = sum(part.total for part in plan.flops.values())
-    table.add_row("whole step", f"{total / 1e9:,.1f} GFLOP an image")
+    table.add_row("whole step", f"{_total(plan.flops) / 1e9:,.1f} GFLOP an image")
     table.add_row(
         "parameters",
         f"encoder {plan.parameters['encoder'] / 1e6:,.1f} M, "
@@ -275,9 +271,8 @@ def render_plan(plan: Plan) -> Table:
     table.add_row("weights, gradients, optimiser", f"{plan.state_bytes / _GIB:,.1f} GiB a GPU")
     checkpointed = ", checkpointed" if config.activation_checkpointing else ""
     table.add_row(f"activations{checkpointed}", f"{plan.image_bytes / 2**20:,.1f} MiB an image")
-    micro_batch = plan.recipe.train.batch_size / (plan.gpus * plan.recipe.train.accumulate)
     table.add_row("largest micro-batch that fits", f"{plan.largest_batch:,} images a GPU")
-    table.add_row("the recipe's micro-batch", f"{micro_batch:,.0f} images a GPU")
+    table.add_row("the recipe's micro-batch", f"{plan.micro_batch:,.0f} images a GPU")
     table.add_section()
     table.add_row(
         f"speed at {plan.mfu:.0%} MFU of {plan.gpu.teraflops:,.0f} TFLOP/s",

@@ -326,7 +326,8 @@ def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | N
     gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is None:
         return None
-    return distributed.world_size() * gpu.teraflops * 1e12 / flops_per_image(recipe)
+    flops = flops_per_image(recipe, components.micro_batch_size(recipe))
+    return distributed.world_size() * gpu.teraflops * 1e12 / flops
 
 
 def new_run_folder(recipe: Recipe) -> Path:

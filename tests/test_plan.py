@@ -18,6 +18,7 @@ from ijepa.plan import (
     flops_per_image,
     known_gpu,
     plan_recipe,
+    sample_tokens,
     state_bytes,
 )
 from ijepa.progress import RunProgress
@@ -158,6 +159,21 @@ def test_a_plan_adds_up():
     assert plan_recipe(fp32, gpu="h200").largest_batch < one.largest_batch
 
 
+def test_truncated_masks_are_planned_at_their_micro_batch():
+    """The shortest context of a batch is shorter in a larger one."""
+    recipe = load_recipe("vitb16")
+    recipe = replace(recipe, masks=replace(recipe.masks, batching="truncate"))
+    small, large = sample_tokens(recipe, 8), sample_tokens(recipe, 128)
+    assert (small.images, large.images) == (8, 128)
+    assert small.context > 1.2 * large.context
+    sampler = MultiBlockSampler(recipe.model.grid, batching="truncate")
+    shortest = [len(sampler(keys=derive_keys(9, b, np.arange(8))).context) / 8 for b in range(64)]
+    assert small.context == pytest.approx(np.mean(shortest), rel=0.05)
+    packed = load_recipe("vitb16")
+    contexts = [sample_tokens(packed, images).context for images in (8, 128)]
+    assert contexts[0] == pytest.approx(contexts[1], rel=0.02)
+
+
 def test_live_mfu():
     assert known_gpu("NVIDIA H100 80GB HBM3").label == "H100 SXM"
     assert known_gpu("NVIDIA A100-SXM4-40GB").memory == 40
@@ -165,7 +181,8 @@ def test_live_mfu():
     assert known_gpu("Some Card 9000") is None
     recipe = load_recipe("vitb16")
     plan = plan_recipe(recipe, gpu="h200", gpus=1, mfu=0.5)
-    assert flops_per_image(recipe) == pytest.approx(sum(p.total for p in plan.flops.values()))
+    planned = sum(part.total for part in plan.flops.values())
+    assert flops_per_image(recipe, int(plan.micro_batch)) == pytest.approx(planned)
     progress = RunProgress(None, 10, 0, batch_size=8, images_per_second_at_peak=2000.0)
     assert progress.mfu() is None  # nothing measured yet
     progress.images_per_second = 500.0
