@@ -111,6 +111,14 @@ def test_the_installed_command_is_the_one_the_readme_names():
         assert command in commands
 
 
+def test_only_the_tests_are_installed_with_constraints():
+    """They name the triton of the audit, which would tie a CUDA torch to one release."""
+    makefile = (ROOT / "Makefile").read_text()
+    installs = re.findall(r"pip install .*-e '(.*)'", makefile)
+    constrained = re.findall(r"pip install .*-c constraints.txt -e '(.*)'", makefile)
+    assert (installs, constrained) == ([".[plots]", ".[dev]"], [".[dev]"])
+
+
 def test_the_readmes_python_examples_run():
     text = (ROOT / "README.md").read_text()
     model_example, ops_example = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
