@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 from best_stock import BestStock
+from masked_vit_kernels.packing import TILE
 from ours import Ours
 from released_style import ReleasedStyle
 from step_results import save_step
@@ -118,10 +119,10 @@ def make_providers(model: IJEPA, precision: str, batching: str) -> dict[str, Pro
 
 
 def draw_masks(size: Size, batching: str) -> list[MaskBatch]:
-    """Batches of masks, in planned capacities where they are packed for a GPU."""
+    """Batches of masks; packed ones padded as a run on this device pads them."""
     sampler = MultiBlockSampler(size.config.grid, batching=batching)
-    if batching == "packed" and ON_GPU:
-        sampler.capacities = plan_capacities(sampler, size.batch)
+    if batching == "packed":
+        sampler.capacities = plan_capacities(sampler, size.batch) if ON_GPU else TILE
     count = BATCHES if batching == "packed" else 1  # dense shapes differ from draw to draw
     return [sampler(keys=derive_keys(7, n, np.arange(size.batch))).to(DEVICE) for n in range(count)]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from masked_vit_kernels.packing import TILE
 from torch import Tensor
 
 from ijepa import distributed
@@ -42,7 +43,8 @@ def choose_device(name: str) -> torch.device:
 def build_mask_sampler(
     config: MaskConfig, grid: tuple[int, int], batch_size: int, device: torch.device
 ) -> MaskSampler:
-    """The sampler of a recipe; on a GPU with planned capacities, so that shapes repeat.
+    """The sampler of a recipe, with few shapes: planned capacities on a GPU, whole tiles on a CPU
+    (whose library compiles a matrix product at its first use, in milliseconds).
 
     Raises:
         ValueError: settings that cannot be satisfied, with the nearest that can.
@@ -67,10 +69,11 @@ def build_mask_sampler(
     else:
         kind = RandomSampler
         arguments = {"scale": config.target_share}
-    sampler = kind(grid, **arguments)
     if device.type == "cpu":
-        return sampler
-    return kind(grid, **arguments, capacities=plan_capacities(sampler, batch_size))
+        return kind(grid, **arguments, capacities=TILE)
+    sampler = kind(grid, **arguments)
+    sampler.capacities = plan_capacities(sampler, batch_size)
+    return sampler
 
 
 def micro_batch_size(recipe: Recipe) -> int:

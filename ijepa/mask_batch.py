@@ -210,7 +210,7 @@ class MaskBatch:
         grid: tuple[int, int],
         *,
         max_seqlens: MaskSizes | None = None,
-        capacities: Sequence[MaskSizes] | None = None,
+        capacities: Sequence[MaskSizes] | int | None = None,
         redraws: int = 0,
         fallbacks: int = 0,
     ) -> MaskBatch:
@@ -220,8 +220,8 @@ class MaskBatch:
             context: (B, N) bool.
             targets: (B, M, N) bool.
             max_seqlens: bounds of the sequences' lengths; default: those of this batch.
-            capacities: padded lengths to choose from (the first that holds the batch); default:
-                exact lengths.
+            capacities: padded lengths to choose from (the first that holds the batch), or a
+                number of rows to whose multiples each length is padded; default: exact lengths.
 
         Raises:
             CapacityOverflow: no capacity holds the batch.
@@ -272,7 +272,7 @@ class MaskBatch:
         union: np.ndarray,  # (B, N) bool
         *,
         max_seqlens: MaskSizes | None = None,
-        capacities: Sequence[MaskSizes] | None = None,
+        capacities: Sequence[MaskSizes] | int | None = None,
         redraws: int = 0,
         fallbacks: int = 0,
     ) -> MaskBatch:
@@ -330,10 +330,13 @@ class MaskBatch:
         )
 
 
-def _choose(totals: MaskSizes, capacities: Sequence[MaskSizes] | None) -> MaskSizes:
-    """The first of the ascending capacities that holds the totals; the totals without any."""
+def _choose(totals: MaskSizes, capacities: Sequence[MaskSizes] | int | None) -> MaskSizes:
+    """The first of the ascending capacities that holds the totals; the next multiples of a number
+    of rows; the totals themselves without either."""
     if capacities is None:
         return totals
+    if isinstance(capacities, int):
+        return MaskSizes(*(-(-n // capacities) * capacities for n in dataclasses.astuple(totals)))
     for capacity in capacities:
         if capacity.holds(totals):
             return capacity

@@ -43,7 +43,8 @@ class MaskSampler:
         grid: (rows, columns) of patches.
         max_seqlens: bounds of every sequence this sampler can draw: constants of the run.
         num_targets: M.
-        capacities: padded lengths to choose from (see `plan_capacities`), None for exact lengths.
+        capacities: padded lengths to choose from (see `plan_capacities`); a number of rows to whose
+            multiples lengths are padded; None for exact lengths.
     """
 
     couples_batch = False  # whether an image's masks depend on the rest of its batch
@@ -53,7 +54,7 @@ class MaskSampler:
         grid: tuple[int, int],
         max_seqlens: MaskSizes,
         num_targets: int,
-        capacities: Sequence[MaskSizes] | None = None,
+        capacities: Sequence[MaskSizes] | int | None = None,
     ):
         self.grid = grid
         self.max_seqlens = max_seqlens
@@ -61,13 +62,16 @@ class MaskSampler:
         self.capacities = capacities
 
     @property
-    def capacities(self) -> tuple[MaskSizes, ...] | None:
-        """Padded lengths in ascending order, None for exact lengths."""
+    def capacities(self) -> tuple[MaskSizes, ...] | int | None:
+        """Padded lengths in ascending order, rows to round up to, None for exact lengths."""
         return self._capacities
 
     @capacities.setter
-    def capacities(self, capacities: Sequence[MaskSizes] | None) -> None:
-        if capacities is not None:
+    def capacities(self, capacities: Sequence[MaskSizes] | int | None) -> None:
+        if isinstance(capacities, int):
+            if capacities < 1:
+                raise ValueError(f"capacities must be at least 1 row, got {capacities}")
+        elif capacities is not None:
             capacities = tuple(capacities)
             if not 1 <= len(capacities) <= MAX_CAPACITIES:
                 raise ValueError(f"1 to {MAX_CAPACITIES} capacities, got {len(capacities)}")

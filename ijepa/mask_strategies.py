@@ -26,7 +26,9 @@ class RasterizedSampler(MaskSampler):
         ValueError: a grid with fewer than two rows or columns.
     """
 
-    def __init__(self, grid: tuple[int, int], *, capacities: Sequence[MaskSizes] | None = None):
+    def __init__(
+        self, grid: tuple[int, int], *, capacities: Sequence[MaskSizes] | int | None = None
+    ):
         grid = check_grid(grid, (2, 2), "quadrants need two rows and two columns")
         rows, columns = np.indices(grid)
         quadrant = 2 * (rows >= grid[0] // 2) + (columns >= grid[1] // 2)
@@ -66,7 +68,7 @@ class BlockSampler(MaskSampler):
         *,
         scale: float = 0.6,
         aspect: tuple[float, float] = (0.75, 1.5),
-        capacities: Sequence[MaskSizes] | None = None,
+        capacities: Sequence[MaskSizes] | int | None = None,
     ):
         grid = check_grid(grid, (1, 1), "context and target need a patch each")
         aspect = check_range("aspect", aspect, float("inf"))
@@ -113,7 +115,7 @@ class RandomSampler(MaskSampler):
         grid: tuple[int, int],
         *,
         scale: float = 0.6,
-        capacities: Sequence[MaskSizes] | None = None,
+        capacities: Sequence[MaskSizes] | int | None = None,
     ):
         grid = check_grid(grid, (1, 1), "context and target need a patch each")
         num_patches = grid[0] * grid[1]

@@ -53,7 +53,7 @@ class MultiBlockSampler(MaskSampler):
             whose original asks for more than 10), on small grids less: what 95 % of the first
             draws leave ("packed") or a quarter of the context block ("truncate").
         batching: "packed" or "truncate".
-        capacities: padded lengths (see `plan_capacities`); None for exact lengths.
+        capacities: padded lengths, as of `MaskSampler`.
 
     Raises:
         ValueError: settings that cannot be satisfied, with the nearest that can.
@@ -69,7 +69,7 @@ class MultiBlockSampler(MaskSampler):
         num_targets: int = 4,
         min_context: int | None = None,
         batching: Literal["packed", "truncate"] = "packed",
-        capacities: Sequence[MaskSizes] | None = None,
+        capacities: Sequence[MaskSizes] | int | None = None,
     ):
         strategies = {"packed": PackedBlocks, "truncate": TruncatedBlocks}
         if batching not in strategies:

@@ -22,6 +22,7 @@ from ijepa.vit import (
     Encoder,
     KeptRows,
     LayerNorm,
+    Linear,
     RepeatedRows,
     initialize,
     make_blocks,
@@ -39,7 +40,7 @@ class Predictor(nn.Module):
         self.prune, self.share = config.prune_predictor, config.share_predictor
         self.residual = config.residual
         self.activation_checkpointing = config.activation_checkpointing
-        self.predictor_embed = nn.Linear(config.width, width)
+        self.predictor_embed = Linear(config.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(
             sincos_positions(width, config.grid), requires_grad=False
@@ -48,7 +49,7 @@ class Predictor(nn.Module):
             width, config.predictor_depth, config.predictor_heads, config.mlp_ratio
         )
         self.predictor_norm = LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.predictor_proj = nn.Linear(width, config.target_width)
+        self.predictor_proj = Linear(width, config.target_width)
         initialize(self, self.predictor_blocks, config.rescale_init)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
 

@@ -89,7 +89,7 @@ class Run:
         self.data_id = {"source": recipe.data.source, **components.data_fingerprint(source)}
         self.model = components.build_model(recipe).to(device)
         compiled = compiles(recipe, device)
-        if compiled and sampler.capacities is None:
+        if compiled and device.type == "cpu":  # one traced graph a shape
             sampler.capacities = plan_capacities(sampler, micro_batch)
         self.trainer = Trainer(
             self.model,

@@ -17,6 +17,7 @@ from masked_vit_kernels import (
     Packing,
     embed_visible_patches,
     gather_tokens,
+    linear,
     pack_lengths,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
@@ -82,6 +83,14 @@ class LayerNorm(nn.LayerNorm):
         return normed.to(self.weight.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear by the fastest product for its device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, K) -> (T, N)."""
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each packed sequence."""
 
@@ -90,8 +99,8 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} cannot be shared among {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing, index: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, D); with `index` (T,), token t is row index[t] of `x`."""
@@ -113,8 +122,8 @@ class Attention(nn.Module):
         query_weight, key_value_weight = self.qkv.weight.split([width, 2 * width])
         query_bias, key_value_bias = self.qkv.bias.split([width, 2 * width])
         mixed = varlen_attention_kvpacked(
-            F.linear(kept, query_weight, query_bias).view(-1, *split),
-            F.linear(x, key_value_weight, key_value_bias).view(-1, 2, *split),
+            linear(kept, query_weight, query_bias).view(-1, *split),
+            linear(x, key_value_weight, key_value_bias).view(-1, 2, *split),
             kept_packing.cu_seqlens,
             packing.cu_seqlens,
             kept_packing.max_seqlen,
@@ -130,8 +139,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""

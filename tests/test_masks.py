@@ -415,6 +415,20 @@ def test_overflow_redraws_by_a_counter_and_drops_nothing():
     assert 10 < redrawn < 30
 
 
+def test_a_number_of_rows_pads_every_length_to_its_multiple():
+    exact = MultiBlockSampler((14, 14))
+    rounded = MultiBlockSampler((14, 14), capacities=64)
+    keys = derive_keys(3, np.arange(9))
+    found, expected = rounded(keys=keys), exact(keys=keys)
+    for name in ("context", "targets", "target_union"):
+        ids, plain = getattr(found, name), getattr(expected, name)
+        assert len(ids) % 64 == 0 and 0 <= len(ids) - len(plain) < 64
+        assert torch.equal(ids[: len(plain)], plain) and (ids[len(plain) :] == -1).all()
+    assert found.predictor_packing.capacity % 64 == 0
+    with pytest.raises(ValueError, match="capacities must be at least 1 row, got 0"):
+        MultiBlockSampler((14, 14), capacities=0)
+
+
 def test_capacities_that_hold_nothing_are_an_error():
     sampler = MultiBlockSampler((14, 14), capacities=[MaskSizes(64, 64, 64, 64)])
     with pytest.raises(ValueError, match="none of 21 draws of 8 images fits the capacities"):

@@ -9,6 +9,7 @@ from masked_vit_kernels.attention import (
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
+from masked_vit_kernels.cpu_linear import linear
 from masked_vit_kernels.ema import ema_update_
 from masked_vit_kernels.gather import gather_tokens, scatter_tokens
 from masked_vit_kernels.packing import (
@@ -33,6 +34,7 @@ __all__ = [
     "embed_visible_patches",
     "gather_tokens",
     "latent_prediction_loss",
+    "linear",
     "pack_lengths",
     "pack_predictor",
     "packing_from_cu_seqlens",
