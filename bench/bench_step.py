@@ -8,9 +8,10 @@ the very same tokens and is what ratios are taken from; "packed" keeps every ima
 which the dense providers cannot represent, so that only ours run. Losses of the first step are
 compared before anything is timed.
 
-On a GPU a step is timed with events, optimiser included, and the host's reads where a provider
-makes them; on the CPU one thread is used and the process's clock counts. Rounds are interleaved and
-the median counts. MFU is the share of a large matrix product's rate on the same machine, measured
+A step is timed on the wall clock between two waits for the device, optimiser included, and the
+host's reads where a provider makes them. On a CPU all cores are used; with BENCH_THREADS=1 the
+process's clock counts instead, for machines that other jobs share. Rounds are interleaved and the
+median counts. MFU is the share of a large matrix product's rate on the same machine, measured
 in the same run, in float32 for fp32 runs and bfloat16 for the others. Phases are timed apart, with
 a wait at each boundary, in steps that are not compiled as a whole.
 """
@@ -28,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 from best_stock import BestStock
+from masked_vit_kernels import linear
 from masked_vit_kernels.packing import TILE
 from ours import Ours
 from released_style import ReleasedStyle
@@ -88,6 +90,7 @@ SIZES = GPU_SIZES if ON_GPU else CPU_SIZES
 CHOSEN = os.environ.get("BENCH_SIZES", ",".join(SIZES) if ON_GPU else "demo,small").split(",")
 PRECISIONS = os.environ.get("BENCH_PRECISIONS", "bf16" if ON_GPU else "fp32").split(",")
 COMPILE = ON_GPU or os.environ.get("BENCH_COMPILE") == "1"
+THREADS = None if ON_GPU else int(os.environ.get("BENCH_THREADS", torch.get_num_threads()))
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "20" if ON_GPU else "7"))
 BATCHES = 3  # mask batches in rotation
 
@@ -109,6 +112,8 @@ def make_providers(model: IJEPA, precision: str, batching: str) -> dict[str, Pro
         providers["ours, bf16 weights, compiled, graph"] = Ours(
             fresh(), parameters, compile=True, cuda_graph=True
         )
+    elif precision == "bf16":
+        providers["ours, bf16 weights"] = Ours(fresh(), "bf16-params")
     providers["ours without kernels"] = WithoutKernels(fresh(), precision)
     if batching == "truncate":
         providers["released style"] = ReleasedStyle(fresh(), precision)
@@ -133,7 +138,7 @@ def synchronize() -> None:
 
 
 def now() -> float:
-    return time.perf_counter() if ON_GPU else time.process_time()
+    return time.process_time() if THREADS == 1 else time.perf_counter()
 
 
 def time_rounds(providers: dict[str, Provider], images, batches) -> dict[str, list[float]]:
@@ -178,16 +183,16 @@ def peak_memory(step: Provider, images, masks) -> float | None:
 
 
 def matmul_rate(precision: str) -> float:
-    """FLOP/s of a large square product of random numbers."""
+    """FLOP/s of a large square product of random numbers, by the fastest library there is."""
     size, repeats = (8192, 20) if ON_GPU else (1024, 3)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(10):
+    for product in (torch.mm, linear) * 10:
         synchronize()
         start = now()
         for _ in range(repeats):
-            a @ b
+            product(a, b)
         synchronize()
         best = min(best, (now() - start) / repeats)
     return 2 * size**3 / best
@@ -198,8 +203,7 @@ def matmul_rate(precision: str) -> float:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_step(name, precision, batching):
     threads = torch.get_num_threads()
-    if not ON_GPU:
-        torch.set_num_threads(1)
+    torch.set_num_threads(THREADS or threads)
     try:
         rows = run(name, precision, batching)
     finally:
@@ -246,7 +250,7 @@ def run(name: str, precision: str, batching: str) -> dict[str, dict]:
     entry = {
         "size": name, "precision": precision, "batching": batching, "batch": size.batch,
         "gigaflops": flops / 1e9, "matmul_teraflops": rate / 1e12,
-        "threads": None if ON_GPU else torch.get_num_threads(), "providers": rows,
+        "threads": THREADS, "providers": rows,
     }  # fmt: skip
     save_step(device_name(DEVICE), entry)
     show(entry)

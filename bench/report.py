@@ -29,9 +29,10 @@ Written by `bench/report.py` from the files in `bench/results`. Every figure nam
   dense providers cannot represent.
 - MFU counts our step's matrix products, exact cuts included, against a large matrix product
   measured in the same run; dense providers compute somewhat more than is counted.
-- CPU figures are one thread's process time, medians of interleaved rounds. Under other load, ratios
-  within a table hold; milliseconds and MFU differ from table to table.
-- CPU steps are float32: machines without AMX or AVX512-BF16 emulate bfloat16 products.
+- Times are medians of interleaved rounds: under other load, ratios within a table hold, while
+  milliseconds and MFU differ from table to table.
+- The matrix product that MFU refers to is the fastest that PyTorch can be made to call there. Its
+  own float32 product leaves AVX-512 unused on AMD's processors, and every provider but ours with it.
 """
 
 
@@ -43,11 +44,12 @@ def load(results: Path, pattern: str) -> Iterator[tuple[str, object]]:
 
 def step_section(entry: dict) -> list[str]:
     """One table of the step bench."""
+    threads = f"threads: {entry['threads']}; " if entry["threads"] else ""
     lines = [
         f"### {entry['size']}, batch {entry['batch']}, {entry['precision']}, {entry['batching']}",
         "",
         f"{entry['gigaflops']:.1f} GFLOP a step; matmul {entry['matmul_teraflops']:.3f} TFLOP/s; "
-        f"torch {entry['torch']}, commit {entry['commit']}.",
+        f"{threads}torch {entry['torch']}, commit {entry['commit']}.",
         "",
         "| provider | ms | images/s | MFU | GiB | over best stock | " + " | ".join(PHASES) + " |",
         "|---" * (6 + len(PHASES)) + "|",

@@ -36,7 +36,19 @@ def devices() -> list[str]:
 
 def device_name(device: str) -> str:
     """The name that results are filed under."""
-    return torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
+    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    """Model and generation of the processor, its architecture where the system does not tell."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        return platform.machine() + " cpu"
+    facts = {name.strip(): value.strip() for name, _, value in lines}
+    if "model name" not in facts:
+        return platform.machine() + " cpu"
+    return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
 
 
 def copy_bandwidth(device: str) -> float:
