@@ -31,8 +31,8 @@ Written by `bench/report.py` from the files in `bench/results`. Every figure nam
   measured in the same run; dense providers compute somewhat more than is counted.
 - Times are medians of interleaved rounds: under other load, ratios within a table hold, while
   milliseconds and MFU differ from table to table.
-- The matrix product that MFU refers to is the fastest that PyTorch can be made to call there. Its
-  own float32 product leaves AVX-512 unused on AMD's processors, and every provider but ours with it.
+- MFU refers to the fastest matrix product that PyTorch can be made to call. Its own float32 product
+  leaves AVX-512 unused on AMD's processors, and so does every provider but ours.
 """
 
 
