@@ -77,7 +77,7 @@ def test_random_shapes(num_rows, width, kind, denominator):
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_more_rows_than_programs(programs, monkeypatch):
     """Each program of the forward takes several rows, the last one fewer."""
-    monkeypatch.setattr(prediction_loss, "_MOST_PROGRAMS", programs)
+    monkeypatch.setattr(prediction_loss, "MOST_PROGRAMS", programs)
     check_loss(12, 5, 40, torch.float32, "smooth_l1")
 
 

@@ -73,7 +73,7 @@ def _store_run(
         tl.store(pointer + lanes, values.to(DTYPE), mask=lanes < numel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def _gradient_norm_kernel(
     tiles_ptr,  # (number of tiles, 2) int32: slot, tile within it
     table_ptr,  # (P, TABLE_COLUMNS) int64
@@ -100,7 +100,9 @@ def _gradient_norm_kernel(
     tl.store(partials_ptr + tile, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["loss_ptr"])
+@triton.jit(
+    do_not_specialize=["num_partials", "num_slots"], do_not_specialize_on_alignment=["loss_ptr"]
+)
 def _decide_kernel(
     partials_ptr,  # (num_partials,) float32 or float64 sums of squares
     num_partials,
@@ -275,7 +277,7 @@ def _average_tile(
         _average_run(target, target_shadow, keep, rate, start, numel, p, TARGET_DTYPE, BLOCK, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def _update_kernel(
     tiles_ptr,  # (number of tiles, 2) int32
     table_ptr,  # (P, TABLE_COLUMNS) int64

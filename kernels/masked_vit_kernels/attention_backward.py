@@ -29,10 +29,12 @@ from masked_vit_kernels.attention_common import (
     CLEARING_PROGRAMS,
     CLEARING_ROWS,
     BackwardStep,
+    attention_grid,
     backward_plan,
     clear_rows,
     head_dim_pieces,
     load_tile,
+    per_run,
     store_tile,
     stride_arguments,
 )
@@ -200,29 +202,30 @@ def _key_tile_gradients(
 
 
 @triton.jit(
-    do_not_specialize=[
+    do_not_specialize=per_run(
         "rows_q", "rows_k", "num_sequences", "num_work", "tiles_per_sequence", "keys_over",
-        "keys_up_to",
-    ]
+        "keys_up_to", strides="q k v o do dq dk dv",
+    )
 )  # fmt: skip
 def _varlen_attention_backward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, order_ptr,
     stride_qt_by_8, stride_kt_by_8, stride_vt_by_8, stride_ot_by_8, stride_dot_by_8,
     stride_dqt_by_8, stride_dkt_by_8, stride_dvt_by_8,
-    rows_q, rows_k, num_sequences, num_work, tiles_per_sequence, keys_over, keys_up_to, scale,
+    rows_q, rows_k, num_sequences, num_work, tiles_per_sequence, keys_over, keys_up_to,
+    scale,
     STRIDE_QH: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VH: tl.constexpr,
     STRIDE_OH: tl.constexpr, STRIDE_DOH: tl.constexpr, STRIDE_DQH: tl.constexpr,
     STRIDE_DKH: tl.constexpr, STRIDE_DVH: tl.constexpr,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     ONE_QUERY_TILE: tl.constexpr, PRECISION: tl.constexpr,
     CLEAR_PARTS: tl.constexpr, CLEAR_ROWS: tl.constexpr, CLEAR_WIDTH: tl.constexpr,
 ):  # fmt: skip
     # KIND "resident" and "two_phase": order_ptr holds sequences, or is None (in their own order).
     # KIND "flash_queries" and "flash_keys": it is the tile map of the queries or the keys, or None.
-    head = tl.program_id(0) % NUM_HEADS
-    work = tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0)
+    work = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     stride_qt, stride_kt = stride_qt_by_8 * 8, stride_kt_by_8 * 8
     stride_vt, stride_ot = stride_vt_by_8 * 8, stride_ot_by_8 * 8
     stride_dot, stride_dqt = stride_dot_by_8 * 8, stride_dqt_by_8 * 8
@@ -374,7 +377,7 @@ def backward_launches(
         launches.append(
             KernelLaunch(
                 kernel=_varlen_attention_backward_kernel,
-                grid=((num_work + clearing) * num_heads,),
+                grid=attention_grid(num_heads, num_work + clearing),
                 arguments={
                     "q_ptr": q,
                     "k_ptr": k,
@@ -405,7 +408,6 @@ def backward_launches(
                     "keys_over": step.keys_over,
                     "keys_up_to": step.keys_up_to,
                     "scale": softmax_scale,
-                    "NUM_HEADS": num_heads,
                     "HEAD_DIM": head_dim,
                     "MAIN": main,
                     "REST": rest,

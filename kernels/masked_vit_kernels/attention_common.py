@@ -182,6 +182,15 @@ def attention_grid(num_heads: int, num_programs: int) -> tuple[int, int, int]:
     return num_heads, -(-num_programs // layers), layers
 
 
+def per_run(*names: str, strides: str) -> list[str]:
+    """Parameters not to specialise: counts, and the token strides of the views in `strides`.
+
+    A stride over 8 says all that 16-byte loads need to know: one compiled kernel serves every
+    number of heads.
+    """
+    return [*names, *(f"stride_{name}t_by_8" for name in strides.split())]
+
+
 def stride_arguments(name: str, x: Tensor) -> dict[str, int]:
     """Kernel arguments of a (T, H, D) view: its token stride over 8, its head stride."""
     return {f"stride_{name}t_by_8": x.stride(0) // 8, f"STRIDE_{name.upper()}H": x.stride(1)}

@@ -25,10 +25,12 @@ from masked_vit_kernels.attention_common import (
     CLEARING_PROGRAMS,
     CLEARING_ROWS,
     AttentionConfig,
+    attention_grid,
     clear_rows,
     forward_config,
     head_dim_pieces,
     load_tile,
+    per_run,
     store_tile,
     stride_arguments,
 )
@@ -82,20 +84,24 @@ def _attend_to_keys(
     return out_main, out_rest, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_tiles", "tiles_per_sequence"])
+@triton.jit(
+    do_not_specialize=per_run(
+        "num_rows", "num_sequences", "num_tiles", "tiles_per_sequence", strides="q k v o"
+    )
+)
 def _varlen_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile_map_ptr,
     stride_qt_by_8, stride_kt_by_8, stride_vt_by_8, stride_ot_by_8,
     num_rows, num_sequences, num_tiles, tiles_per_sequence, scale_log2,
     STRIDE_QH: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VH: tl.constexpr,
-    STRIDE_OH: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STRIDE_OH: tl.constexpr, HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ONE_PASS: tl.constexpr, PRECISION: tl.constexpr, CLEAR_PARTS: tl.constexpr,
     CLEAR_ROWS: tl.constexpr, CLEAR_WIDTH: tl.constexpr,
 ):  # fmt: skip
     LN_2: tl.constexpr = 0.6931471805599453
-    head = tl.program_id(0) % NUM_HEADS
-    tile = tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0)
+    tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     stride_qt, stride_kt = stride_qt_by_8 * 8, stride_kt_by_8 * 8
     stride_vt, stride_ot = stride_vt_by_8 * 8, stride_ot_by_8 * 8
     lse_ptr += head.to(tl.int64) * num_rows
@@ -218,7 +224,7 @@ def forward_launch(
     num_tiles = num_sequences * tiles_per_sequence if chosen_map is None else chosen_map.shape[0]
     return KernelLaunch(
         kernel=_varlen_attention_forward_kernel,
-        grid=((num_tiles + CLEARING_PROGRAMS) * num_heads,),
+        grid=attention_grid(num_heads, num_tiles + CLEARING_PROGRAMS),
         arguments={
             "q_ptr": q,
             "k_ptr": k,
@@ -237,7 +243,6 @@ def forward_launch(
             "num_tiles": num_tiles,
             "tiles_per_sequence": max(tiles_per_sequence, 1),
             "scale_log2": softmax_scale * LOG2_E,
-            "NUM_HEADS": num_heads,
             "HEAD_DIM": head_dim,
             "MAIN": main,
             "REST": rest,

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -69,8 +70,16 @@ def all_cases(capability: int) -> Iterator[AuditCase]:
         yield from importlib.import_module(name).audit_cases(capability)
 
 
-def compile_launch(launch: KernelLaunch, capability: int) -> CompiledKernel:
-    """Compile `launch` for `capability` (80, 90 or 100) as its `run` would on such a GPU."""
+class Specialized(NamedTuple):
+    """What Triton's launcher would hand to its compiler: arguments of `triton.compile`."""
+
+    src: ASTSource
+    target: GPUTarget
+    options: dict[str, object]
+
+
+def specialize_launch(launch: KernelLaunch, capability: int) -> Specialized:
+    """Bind the arguments as `launch.run` would on a GPU of `capability` (80, 90 or 100)."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise RuntimeError("the audit cannot run under TRITON_INTERPRET=1")
@@ -82,7 +91,12 @@ def compile_launch(launch: KernelLaunch, capability: int) -> CompiledKernel:
         backend, dict(launch.options), bound, specialization, None
     )
     source = ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    return Specialized(source, target, parsed.__dict__)
+
+
+def compile_launch(launch: KernelLaunch, capability: int) -> CompiledKernel:
+    """Compile `launch` for `capability` (80, 90 or 100) as its `run` would on such a GPU."""
+    return triton.compile(*specialize_launch(launch, capability))
 
 
 def disassemble(cubin: bytes) -> str:
@@ -90,17 +104,24 @@ def disassemble(cubin: bytes) -> str:
     return _run_tool("nvdisasm", "-c", cubin=cubin)
 
 
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread."""
+    usage = _run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    registers, stack = (re.search(rf"{name}:(\d+)", usage).group(1) for name in ("REG", "STACK"))
+    return int(registers), int(stack)
+
+
 def measure(compiled: CompiledKernel, capability: int) -> Measurement:
     """Registers, stack and instruction counts of a compiled kernel."""
     cubin = compiled.asm["cubin"]
-    usage = _run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    registers, stack_bytes = resource_usage(cubin)
     code = parse_instructions(disassemble(cubin))
     opcodes = [opcode for _, opcode, _ in code]
     loops = innermost_loops(code)
     local = [address for address, opcode, _ in code if opcode.startswith(("LDL", "STL"))]
     return Measurement(
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        registers=registers,
+        stack_bytes=stack_bytes,
         shared_bytes=compiled.metadata.shared,
         tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0),
         local_accesses=len(local),

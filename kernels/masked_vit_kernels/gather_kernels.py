@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import RowIndex, column_block, locate_rows, sum_dtype, tile_rows
+from masked_vit_kernels.rows import (
+    ROW_COUNTS,
+    RowIndex,
+    column_block,
+    locate_rows,
+    sum_dtype,
+    tile_rows,
+)
 
 if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _gather_rows_kernel(
     x_ptr,  # (B, N, D)
     indices_ptr,  # (R,)
@@ -34,9 +41,9 @@ def _gather_rows_kernel(
     num_rows,
     num_tokens,
     rows_per_image,
+    sequences_per_image,
     stride_xb,
     stride_xn,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -47,7 +54,7 @@ def _gather_rows_kernel(
     in_width = columns < D
     images, tokens, taken = locate_rows(
         rows, in_range, indices_ptr, sequence_ids_ptr,
-        num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     source = images * stride_xb + tokens * stride_xn
     values = tl.load(  # [BLOCK_ROWS, BLOCK_D]
@@ -62,7 +69,7 @@ def _gather_rows_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _invert_rows_kernel(
     indices_ptr,  # (R,)
     sequence_ids_ptr,  # (R,) or None
@@ -70,13 +77,13 @@ def _invert_rows_kernel(
     num_rows,
     num_tokens,
     rows_per_image,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
+    sequences_per_image,
     BLOCK_ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     images, tokens, taken = locate_rows(
         rows, rows < num_rows, indices_ptr, sequence_ids_ptr,
-        num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     tl.store(place_to_row_ptr + images * num_tokens + tokens, rows.to(tl.int32), mask=taken)
 
@@ -91,7 +98,7 @@ def _row_at_place(
     num_rows,
     num_tokens,
     rows_per_image,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
+    sequences_per_image,
 ):
     """The row that lies at each place (int64), and whether one does.
 
@@ -101,12 +108,12 @@ def _row_at_place(
     possible = in_range & (rows >= 0) & (rows < num_rows)
     images, tokens, taken = locate_rows(
         rows, possible, indices_ptr, sequence_ids_ptr,
-        num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     return rows, taken & (images * num_tokens + tokens == places)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_COUNTS, "num_places"])
 def _scatter_rows_kernel(
     x_ptr,  # (R, D)
     fill_ptr,  # (B, N, D), strides 0 where it is broadcast, or None for zeros
@@ -118,10 +125,10 @@ def _scatter_rows_kernel(
     num_tokens,
     num_places,
     rows_per_image,
+    sequences_per_image,
     stride_xr,
     stride_fb,
     stride_fn,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_PLACES: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -132,7 +139,7 @@ def _scatter_rows_kernel(
     in_width = columns < D
     rows, found = _row_at_place(
         places, in_range, place_to_row_ptr, indices_ptr, sequence_ids_ptr,
-        num_rows, num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_rows, num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     values = tl.load(  # [BLOCK_PLACES, BLOCK_D]
         x_ptr + rows[:, None] * stride_xr + columns[None, :],
@@ -154,7 +161,7 @@ def _scatter_rows_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_COUNTS, "num_places", "num_inner", "outer_per_chunk"])
 def _fill_gradient_kernel(
     grad_ptr,  # (B, N, D) gradient of the scatter's output, read as (outer, inner, D)
     indices_ptr,  # (R,)
@@ -167,7 +174,7 @@ def _fill_gradient_kernel(
     num_inner,
     outer_per_chunk,
     rows_per_image,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
+    sequences_per_image,
     D: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -184,7 +191,7 @@ def _fill_gradient_kernel(
         in_range = (inner < num_inner) & (places < num_places)
         _, found = _row_at_place(
             places, in_range, place_to_row_ptr, indices_ptr, sequence_ids_ptr,
-            num_rows, num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+            num_rows, num_tokens, rows_per_image, sequences_per_image,
         )  # fmt: skip
         total += tl.load(
             grad_ptr + places[:, None] * D + columns[None, :],

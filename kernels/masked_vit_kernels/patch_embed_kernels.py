@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import RowIndex, column_block, locate_rows, tile_rows
+from masked_vit_kernels.rows import ROW_COUNTS, RowIndex, column_block, locate_rows, tile_rows
 
 if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
@@ -57,7 +57,7 @@ def _pixel_scale_and_shift(channels, in_width, mean_ptr, std_ptr, PIXEL_SCALE: t
     return scale, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _patch_rows_kernel(
     images_ptr,  # (B, C, Hi, Wi)
     mean_ptr,  # (C,) or None
@@ -68,7 +68,7 @@ def _patch_rows_kernel(
     num_rows,
     num_tokens,
     rows_per_image,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
+    sequences_per_image,
     STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -88,7 +88,7 @@ def _patch_rows_kernel(
     in_width = columns < K
     images, tokens, taken = locate_rows(
         rows, in_range, indices_ptr, sequence_ids_ptr,
-        num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     origins = _patch_origins(images, tokens, STRIDE_B, STRIDE_H, STRIDE_W, PH, PW, GRID_WIDTH)
     offsets = _pixel_offsets(columns, STRIDE_C, STRIDE_H, STRIDE_W, PH, PW)
@@ -107,7 +107,7 @@ def _patch_rows_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _add_position_kernel(
     x_ptr,  # (R, D)
     bias_ptr,  # (D,) or None
@@ -118,8 +118,8 @@ def _add_position_kernel(
     num_rows,
     num_tokens,
     rows_per_image,
+    sequences_per_image,
     stride_xr,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -130,7 +130,7 @@ def _add_position_kernel(
     in_width = columns < D
     _, tokens, taken = locate_rows(
         rows, in_range, indices_ptr, sequence_ids_ptr,
-        num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     present = taken[:, None] & in_width[None, :]
     values = tl.load(  # [BLOCK_ROWS, BLOCK_D]
@@ -150,7 +150,7 @@ def _add_position_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_COUNTS, "rows_per_chunk"])
 def _add_position_backward_kernel(
     grad_ptr,  # (R, D)
     indices_ptr,  # (R,) or None
@@ -160,9 +160,9 @@ def _add_position_backward_kernel(
     num_rows,
     num_tokens,
     rows_per_image,
+    sequences_per_image,
     rows_per_chunk,
     stride_gr,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -176,7 +176,7 @@ def _add_position_backward_kernel(
         in_range = rows < num_rows
         _, _, taken = locate_rows(
             rows, in_range, indices_ptr, sequence_ids_ptr,
-            num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+            num_tokens, rows_per_image, sequences_per_image,
         )  # fmt: skip
         grad = tl.load(  # [BLOCK_ROWS, BLOCK_D]
             grad_ptr + rows[:, None] * stride_gr + columns[None, :],
@@ -192,7 +192,7 @@ def _add_position_backward_kernel(
     tl.store(partial_ptr + chunk * D + columns, tl.sum(total, axis=0), mask=in_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _fused_patch_embed_kernel(
     images_ptr,  # (B, C, Hi, Wi)
     mean_ptr,  # (C,) or None
@@ -206,7 +206,7 @@ def _fused_patch_embed_kernel(
     num_rows,
     num_tokens,
     rows_per_image,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
+    sequences_per_image,
     STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -230,7 +230,7 @@ def _fused_patch_embed_kernel(
     in_width = columns < D
     images, tokens, taken = locate_rows(
         rows, in_range, indices_ptr, sequence_ids_ptr,
-        num_tokens, rows_per_image, SEQUENCES_PER_IMAGE,
+        num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
     origins = _patch_origins(images, tokens, STRIDE_B, STRIDE_H, STRIDE_W, PH, PW, GRID_WIDTH)
 

@@ -50,7 +50,7 @@ def _target_row(target_rows_ptr, row, in_range, num_features):
     return target, in_range & (target >= 0) & (target < num_features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_features", "rows_per_program"])
 def _loss_forward_kernel(
     predictions_ptr,  # (Tt, D)
     features_ptr,  # (F, D)
@@ -100,13 +100,13 @@ def _loss_forward_kernel(
     tl.store(partial_ptr + tl.num_programs(0) + program, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs", "width"])
 def _loss_finish_kernel(
     partial_ptr,  # (2, programs) float32
     denominator_ptr,  # () or None: the number of valid elements
     out_ptr,  # (2,) float32: the loss, 1 / denominator
     num_programs,
-    D: tl.constexpr,
+    width,
     BLOCK: tl.constexpr,
 ):
     programs = tl.arange(0, BLOCK)
@@ -115,14 +115,14 @@ def _loss_finish_kernel(
     if denominator_ptr is None:
         # Counts are exact in float32 up to 2^24 rows.
         rows = tl.sum(tl.load(partial_ptr + num_programs + programs, mask=present, other=0), axis=0)
-        denominator = tl.maximum(rows * D, 1.0)
+        denominator = tl.maximum(rows * width, 1.0)
     else:
         denominator = tl.load(denominator_ptr).to(tl.float32)
     tl.store(out_ptr, total / denominator)
     tl.store(out_ptr + 1, 1.0 / denominator)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_features"])
 def _loss_backward_kernel(
     grad_loss_ptr,  # () gradient of the loss
     out_ptr,  # (2,) float32: the loss, 1 / denominator
@@ -171,12 +171,12 @@ def _loss_backward_kernel(
 
 # ----------------------------------------------------------------------------- launches
 
-_MOST_PROGRAMS = 2048  # of the forward; their partial sums fit one program of the second reduction
+MOST_PROGRAMS = 2048  # of the forward; their partial sums fit one program of the second reduction
 
 
 def loss_programs(num_rows: int) -> int:
     """Programs of the forward for `num_rows` rows: a function of the shape, not of the device."""
-    return max(1, triton.cdiv(num_rows, triton.cdiv(max(num_rows, 1), _MOST_PROGRAMS)))
+    return max(1, triton.cdiv(num_rows, triton.cdiv(max(num_rows, 1), MOST_PROGRAMS)))
 
 
 def loss_forward_launch(
@@ -228,7 +228,7 @@ def loss_finish_launch(
             "denominator_ptr": denominator,
             "out_ptr": out,
             "num_programs": programs,
-            "D": width,
+            "width": width,
             "BLOCK": max(32, round_up_to_power_of_two(programs)),
         },
     )

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_context", "num_targets", "num_positions"])
 def _assemble_kernel(
     context_ptr,  # (Tc, P)
     mask_token_ptr,  # (P,)
@@ -94,7 +94,9 @@ def _assemble_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_context", "num_targets", "context_programs", "targets_per_chunk"]
+)
 def _assemble_backward_kernel(
     grad_ptr,  # (Tp, P)
     context_copies_ptr,  # (Tc, M)

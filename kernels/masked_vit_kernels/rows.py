@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
 
 
+# Counts among the kernels' parameters: one compiled kernel serves all their values. Strides stay
+# specialised, they decide how wide loads are.
+ROW_COUNTS = ["num_rows", "num_tokens", "rows_per_image", "sequences_per_image"]
+
+MANY_ROWS = 4  # rows a place on average, above which a sum takes one place a program
+
+
 @triton.jit
 def locate_rows(
     rows,  # int64
@@ -40,7 +47,7 @@ def locate_rows(
     sequence_ids_ptr,  # (R,) where the layout is packed, or None
     num_tokens,
     rows_per_image,
-    SEQUENCES_PER_IMAGE: tl.constexpr,
+    sequences_per_image,
 ):
     """Image and token of each row, both int64, and whether the row stands for one at all."""
     if indices_ptr is None:
@@ -50,13 +57,14 @@ def locate_rows(
     if sequence_ids_ptr is None:
         images = rows // rows_per_image
     else:
-        sequences = tl.load(sequence_ids_ptr + rows, mask=present, other=-1).to(tl.int64)
+        # Divided as int32, which takes a fraction of the instructions of int64.
+        sequences = tl.load(sequence_ids_ptr + rows, mask=present, other=-1)
         present = present & (sequences >= 0)
-        images = sequences // SEQUENCES_PER_IMAGE
+        images = (sequences // sequences_per_image).to(tl.int64)
     return images, tokens, present & (tokens >= 0) & (tokens < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places"])
 def _segmented_sum_kernel(
     values_ptr,  # (R, D)
     order_ptr,  # (R,) int64: rows sorted by place
@@ -118,7 +126,7 @@ class RowIndex(NamedTuple):
             "sequence_ids_ptr": self.sequence_ids,
             "num_tokens": num_tokens,
             "rows_per_image": self.rows_per_image,
-            "SEQUENCES_PER_IMAGE": self.sequences_per_image,
+            "sequences_per_image": self.sequences_per_image,
         }
 
     def places(self, num_rows: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -183,7 +191,7 @@ def segmented_sum_launch(
     num_places, width = out.shape
     block_d = column_block(width)
     block = max(1, 2048 // block_d)
-    many_rows_each = order.shape[0] > 4 * num_places
+    many_rows_each = order.shape[0] > MANY_ROWS * num_places
     block_places, block_rows = (1, block) if many_rows_each else (block, 1)
     return KernelLaunch(
         kernel=_segmented_sum_kernel,
