@@ -1,12 +1,14 @@
 """The mask strategies: their distributions, their settings, their capacities."""
 
 import math
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
 
+from ijepa.captured import tensors_of
 from ijepa.counter_rng import derive_keys
 from ijepa.mask_batch import MaskBatch, MaskSizes
 from ijepa.mask_sampler import MAX_CAPACITIES, plan_capacities
@@ -413,6 +415,23 @@ def test_overflow_redraws_by_a_counter_and_drops_nothing():
             assert torch.equal(masks.context[: len(batch.context)], batch.context)
         redrawn += overflows
     assert 10 < redrawn < 30
+
+
+def test_masks_travel_as_one_tensor():
+    masks = MultiBlockSampler((8, 8), capacities=64)(keys=derive_keys(4, np.arange(5)))
+    block = masks._in_one_block()[1]
+    copied = pickle.loads(pickle.dumps(masks))
+    assert copied.grid == masks.grid and copied.context_packing.unique
+    for tensor, copy in zip(tensors_of(masks), tensors_of(copied), strict=True):
+        assert copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+        assert copy.data_ptr() % 16 == block.data_ptr() % 16
+    assert {t.untyped_storage().data_ptr() for t in tensors_of(copied)} == {
+        copied.context.data_ptr()
+    }
+    again = copied._in_one_block()[1]
+    assert again.data_ptr() == copied.context.data_ptr() and torch.equal(again, block)
+    assert copied.to("cpu") is copied
+    assert tensors_of(masks.to("meta"))[-1].device.type == "meta"
 
 
 def test_a_number_of_rows_pads_every_length_to_its_multiple():

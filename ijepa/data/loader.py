@@ -31,7 +31,7 @@ from ijepa.data.sources import ImageSource
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
 _PREFETCHED = 2  # batches a worker prepares ahead
-_TENSORS_PER_BATCH = 32  # upper bound, for the limit of open files
+_TENSORS_PER_BATCH = 8  # upper bound, for the limit of open files
 _logger = logging.getLogger(__name__)
 
 
