@@ -71,4 +71,6 @@ def test_context(device, shape, batching):
                 "index_select, compiled": direction(compiled, "rows"),
                 "x[rows]": direction(index_rows, "rows"),
             }
-        compare(f"gather {kind} {shape.name} {batching}", providers, make_inputs, ideal, device)
+        facts = {"op": "gather", "direction": kind, "shape": shape.name, "batching": batching}
+        title = f"gather {kind} {shape.name} {batching}"
+        compare(title, providers, make_inputs, ideal, device, facts=facts)

@@ -49,4 +49,5 @@ def test_loss(device, shape, kind):
     }
     passes = 2 if kind == "forward" else 3
     ideal = passes * total * shape.width * dtype.itemsize
-    compare(f"loss {kind} {shape.name}", providers, make_inputs, ideal, device)
+    facts = {"op": "loss", "direction": kind, "shape": shape.name}
+    compare(f"loss {kind} {shape.name}", providers, make_inputs, ideal, device, facts=facts)

@@ -1,5 +1,8 @@
 """How the kernel benches time: every provider in turn, cold caches, medians, one table, one file.
 
+Our own provider comes first. One that computes something else than ours is timed and filed with its
+error, and fails the bench after that: a run on a borrowed machine keeps what it measured.
+
 A provider is a function of one set of inputs that returns a callable without arguments. Each is
 given several sets in rotation, so that nothing of the last round is in the L2 cache. On a GPU one
 round is a CUDA-graph replay over all sets; a provider that cannot be captured is timed with events
@@ -10,6 +13,7 @@ process's clock. Rounds are interleaved, so that other load falls on every provi
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,7 +27,10 @@ from torch import Tensor
 
 Provider = Callable[[dict], Callable[[], object]]
 
-ROUNDS = {"cpu": 11, "cuda": 30}
+ROUNDS = {
+    device: int(os.environ.get("BENCH_ROUNDS", rounds))
+    for device, rounds in (("cpu", 11), ("cuda", 30))
+}
 L2_BYTES = 128 * 2**20  # more than any of today's: one rotation touches at least this much
 
 RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
@@ -56,7 +63,7 @@ def copy_bandwidth(device: str) -> float:
     size = (1 if device == "cuda" else 2**-4) * 2**30
     source = torch.empty(int(size), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    seconds = _rounds({"copy": [lambda: target.copy_(source)]}, device)["copy"]
+    seconds = rounds_of({"copy": [lambda: target.copy_(source)]}, device)["copy"]
     return 2 * source.numel() / statistics.median(seconds)
 
 
@@ -76,13 +83,18 @@ def compare(
     device: str,
     *,
     tolerance: float = 2e-2,
+    facts: dict | None = None,
 ) -> dict[str, dict]:
     """Check the providers against the first one, time them, print and file the table.
 
     Args:
         make_inputs: a fresh set of inputs; every provider gets the same sets.
         ideal_bytes: what the op has to read and write at the least, once.
-        tolerance: relative to the largest value; None results are not compared.
+        tolerance: of a result's error, relative to the largest value.
+        facts: what the table is about, filed with it.
+
+    Raises:
+        AssertionError: a provider differs from the first one. The table has been filed.
     """
     rotations = max(2, min(8, -(-L2_BYTES // ideal_bytes))) if device == "cuda" else 2
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -92,7 +104,8 @@ def compare(
         sets = [make_inputs() for _ in range(rotations)]
         calls = {name: [provider(s) for s in sets] for name, provider in providers.items()}
         results = {name: functions[0]() for name, functions in calls.items()}
-        _assert_alike(title, results, tolerance)
+        first = next(iter(results))
+        errors = {name: _error(found, results[first]) for name, found in results.items()}
         del results
         captured, eager = {}, set()
         for name, functions in calls.items():
@@ -100,11 +113,10 @@ def compare(
             captured[name] = [graph.replay] if graph else functions
             if stream and graph is None:
                 eager.add(name)
-        seconds = _rounds(captured, device)
+        seconds = rounds_of(captured, device)
         bandwidth = copy_bandwidth(device)
 
     rows = {}
-    first = next(iter(providers))
     for name, rounds in seconds.items():
         per_call = [s / rotations for s in rounds] if device == "cuda" else rounds
         median = statistics.median(per_call)
@@ -115,6 +127,8 @@ def compare(
             "gigabytes_per_second": ideal_bytes / median / 1e9,
             "share_of_copy": ideal_bytes / median / bandwidth,
             "eager": name in eager,
+            "error": errors[name],
+            "same": errors[name] <= tolerance,
         }
     print(f"\n{title}: {ideal_bytes / 1e6:.1f} MB at the least, copy {bandwidth / 1e9:.0f} GB/s")
     for name, row in rows.items():
@@ -123,8 +137,11 @@ def compare(
             f"  {name:34} {row['us']:10.1f} us {row['gigabytes_per_second']:8.1f} GB/s"
             f" {100 * row['share_of_copy']:5.1f} % of copy {row['ratio']:6.2f}x"
             f"{'  (events, host time included)' if row['eager'] else ''}"
+            f"{'' if row['same'] else '  DIFFERS'}"
         )
-    _save(title, device, bandwidth, rows)
+    save_table(title, device, rows, copy_gigabytes_per_second=bandwidth / 1e9, **(facts or {}))
+    others = {name: errors[name] for name in rows if not rows[name]["same"]}
+    assert not others, f"{title}: not what {first} computes: {others}"
     return rows
 
 
@@ -132,16 +149,15 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[round(share * (len(values) - 1))]
 
 
-def _assert_alike(title: str, results: dict[str, object], tolerance: float) -> None:
-    """Every provider computes what the first one does."""
-    (first, expected), *others = results.items()
-    expected = [expected] if isinstance(expected, Tensor) else list(expected)
-    for name, found in others:
-        found = [found] if isinstance(found, Tensor) else list(found)
-        for a, b in zip(found, expected, strict=True):
-            reach = b.abs().max().item() or 1.0
-            error = (a.float().reshape(b.shape) - b.float()).abs().max().item() / reach
-            assert error <= tolerance, f"{title}: {name} differs from {first} by {error:.3g}"
+def _error(found: object, expected: object) -> float:
+    """The largest difference, relative to the largest value of each tensor."""
+    found, expected = ([x] if isinstance(x, Tensor) else list(x) for x in (found, expected))
+    largest = 0.0
+    for a, b in zip(found, expected, strict=True):
+        reach = b.abs().max().item() or 1.0
+        error = (a.float().reshape(b.shape) - b.float()).abs().max().item() / reach
+        largest = error if math.isnan(error) else max(largest, error)
+    return largest
 
 
 def _capture(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
@@ -161,7 +177,7 @@ def _capture(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda
     return graph
 
 
-def _rounds(functions: dict[str, list[Callable]], device: str) -> dict[str, list[float]]:
+def rounds_of(functions: dict[str, list[Callable]], device: str) -> dict[str, list[float]]:
     """Seconds of every round of every provider, interleaved; the first two rounds are dropped.
 
     A provider with several callables takes them in turn on the CPU, and all of them in a GPU round.
@@ -184,22 +200,29 @@ def _rounds(functions: dict[str, list[Callable]], device: str) -> dict[str, list
     return {name: rounds[2:] for name, rounds in seconds.items()}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is measured; BENCH_COMMIT names it where the folder is no repository."""
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:  # no git
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 
-def _save(title: str, device: str, bandwidth: float, rows: dict[str, dict]) -> None:
-    """Add a table to the token ops' results of this device."""
-    path = RESULTS / f"token_ops-{device_name(device).replace(' ', '-')}.json"
-    path.parent.mkdir(exist_ok=True)
+def save_table(title: str, device: str, rows: dict[str, dict], **facts: object) -> None:
+    """Put a table among the kernel results of this device, in the place of an older one."""
+    path = RESULTS / f"kernels-{device_name(device).replace(' ', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results[title] = {
         "device": device_name(device),
+        "on_gpu": device == "cuda",
         "torch": torch.__version__,
-        "commit": _commit(),
-        "copy_gigabytes_per_second": bandwidth / 1e9,
+        "commit": commit(),
+        **facts,
         "providers": rows,
     }
     path.write_text(json.dumps(results, indent=2) + "\n")
