@@ -4,9 +4,10 @@
 
 Targets are dense (equal lengths), contexts and predictor sequences are packed as the sampler draws
 them. Every peer that computes the same thing is checked against ours once and then timed; padded
-SDPA without a mask computes something else and stands in a table of its own. Peers that are not
-installed, or that refuse a shape, are left out and named. On a CPU one small shape runs against
-SDPA, so that anyone can try it.
+SDPA without a mask computes something else and stands in a table of its own. FlexAttention, which
+is compiled for every shape, has tables of its own (`-k flex`). Peers that are not installed or that
+refuse a shape are left out and named. On a CPU one small shape runs against SDPA, so that anyone
+can try it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from timing import backward_of, compare
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HEADS = {"H": 16, "L": 16, "B": 12}
+HEADS = {"G": 16, "H": 16, "L": 16, "B": 12}
+G16 = Shape("G/16 batch 128", 128, (14, 14), 16, 1408)  # head dim 88
+L14 = Shape("L/14 batch 128", 128, (16, 16), 14, 1024)  # head dim 64 at 256 tokens
+FLEX_BLOCK = 128
 
 # Bytes an element of one of q, k, v, out, dout, dq, dk, dv in half precision: what must move once.
 FORWARD_ROWS, BACKWARD_ROWS = 4, 8
@@ -59,14 +63,41 @@ def _xformers(packing: Packing) -> Attend:
     return lambda qkv: memory_efficient_attention(*qkv[None].unbind(2), attn_bias=bias)[0]
 
 
-def _flex(packing: Packing) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def packed_block_mask(packing: Packing):
+    """FlexAttention's mask of the packed sequences, from their bounds.
 
-    sequence, total = packing.sequence_ids, packing.capacity
-    mask = create_block_mask(
-        lambda b, h, i, j: sequence[i] == sequence[j], None, None, total, total, sequence.device
+    `create_block_mask` would hold every pair of tokens, 16 GB of them for a large predictor batch.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    sequence, bounds, total = packing.sequence_ids, packing.cu_seqlens, packing.capacity
+    blocks = torch.arange(-(-total // FLEX_BLOCK), device=bounds.device)
+    first = sequence[blocks * FLEX_BLOCK].long()
+    last = sequence[((blocks + 1) * FLEX_BLOCK).clamp(max=total) - 1].long()
+    lowest, highest = bounds[first] // FLEX_BLOCK, (bounds[last + 1] - 1) // FLEX_BLOCK
+    touched = (blocks >= lowest[:, None]) & (blocks <= highest[:, None])  # (Q, K)
+    whole = (first == last) & ((blocks + 1) * FLEX_BLOCK <= total)
+    full = whole[:, None] & whole & (first[:, None] == first)
+
+    def listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """How many key blocks a query block has, and which, those first."""
+        order = pairs.int().argsort(dim=1, descending=True, stable=True)
+        return pairs.sum(1).int()[None, None], order.int()[None, None].contiguous()
+
+    return BlockMask.from_kv_blocks(
+        *listed(touched & ~full),
+        *listed(full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=lambda b, h, i, j: sequence[i] == sequence[j],
+        seq_lengths=(total, total),
     )
-    compiled = torch.compile(flex_attention)
+
+
+def _flex(packing: Packing) -> Attend:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = packed_block_mask(packing)
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(0, 1)[None] for part in qkv.unbind(1))
@@ -134,7 +165,6 @@ def _sdpa_equal(backend: SDPBackend | None) -> Callable[[Packing], Attend]:
 
 PACKED_PEERS = {
     "torch varlen_attn": _torch_varlen,
-    "FlexAttention, compiled": _flex,
     "jagged nested tensor": _jagged,
     "SDPA padded with a mask": _sdpa_masked,
 }
@@ -142,7 +172,6 @@ DENSE_PEERS = {
     "SDPA flash": _sdpa_equal(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": _sdpa_equal(SDPBackend.CUDNN_ATTENTION),
     "torch varlen_attn": _torch_varlen,
-    "FlexAttention, compiled": _flex,
 }
 for _name, _build in (("flash_attn", _flash_attn), ("xformers", _xformers)):
     if importlib.util.find_spec(_name):
@@ -152,21 +181,27 @@ CPU_PACKED_PEERS = {
     "SDPA, one call a sequence": _sdpa_by_sequence,
 }
 CPU_DENSE_PEERS = {"SDPA": _sdpa_equal(None)}
+FLEX = {"FlexAttention, compiled": _flex}
 
 
-def _accepts(build: Callable[[Packing], Attend], packing: Packing, qkv: Tensor, name: str) -> bool:
-    """Whether a peer is there and runs this shape, forward and backward."""
+def _accepted(build: Callable[[Packing], Attend], packing: Packing, qkv: Tensor, name: str):
+    """The peer, if it is there and runs this shape forward and backward; else None."""
     try:
-        out = build(packing)(qkv)
+        attend = build(packing)
+        out = attend(qkv)
         torch.autograd.grad(out, qkv, torch.ones_like(out))
-    except (ImportError, RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        print(f"  left out: {name}: {str(error).splitlines()[0][:90]}")
-        return False
-    return True
+    except Exception as error:  # whatever a peer may raise: the others are still to be timed
+        print(f"  left out: {name}: {str(error).splitlines()[:1]}")
+        return None
+    return attend
 
 
-def _bench(title: str, packing: Packing, heads: int, head_dim: int, device: str, peers: dict):
-    packing, dtype = packing.to(device), DTYPES[device]
+def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
+    """Forward and backward tables of one shape."""
+    width = shape.predictor_width if part == "predictor" else shape.width
+    heads = HEADS[shape.name[0]]
+    head_dim = width // heads
+    packing, dtype = _packing(shape, part).to(device), DTYPES[device]
     total = packing.capacity
 
     def make_inputs() -> dict:
@@ -175,50 +210,84 @@ def _bench(title: str, packing: Packing, heads: int, head_dim: int, device: str,
 
     sample = make_inputs()["qkv"]
     built = {"ours": _ours(packing)}
-    built |= {
-        name: build(packing)
-        for name, build in peers.items()
-        if _accepts(build, packing, sample, name)
-    }
+    for name, build in peers.items():
+        if attend := _accepted(build, packing, sample, name):
+            built[name] = attend
     row_bytes = total * heads * head_dim * dtype.itemsize
+    facts = {
+        "op": "attention", "shape": f"{shape.name} {part}", "part": part, "head_dim": head_dim,
+        "longest": packing.max_seqlen, "equal_lengths": part in ("target", "padded"),
+    }  # fmt: skip
     forwards = {n: (lambda s, f=f: lambda: f(s["qkv"].detach())) for n, f in built.items()}
     backwards = {n: (lambda s, f=f: backward_of(f, [s["qkv"]])) for n, f in built.items()}
-    for direction, providers, rows in (
-        ("forward", forwards, FORWARD_ROWS),
-        ("backward", backwards, BACKWARD_ROWS),
+    known = _backward_facts(backwards["ours"](make_inputs()), row_bytes, device)
+    with_flex = ", Flex" if peers is FLEX else ""
+    for direction, providers, rows, more in (
+        ("forward", forwards, FORWARD_ROWS, {}),
+        ("backward", backwards, BACKWARD_ROWS, known),
     ):
-        compare(f"attention {direction} {title}", providers, make_inputs, rows * row_bytes, device)
+        compare(
+            f"attention {direction} {shape.name} {part} D={head_dim}{with_flex}", providers,
+            make_inputs, rows * row_bytes, device, facts={**facts, "direction": direction, **more},
+        )  # fmt: skip
 
 
-def _heads(shape: Shape) -> int:
-    return HEADS[shape.name[0]]
+def _backward_facts(backward: Callable[[], tuple], row_bytes: int, device: str) -> dict:
+    """Whether repeated backwards are bitwise equal; on a GPU what one allocates besides gradients.
+
+    A float32 gradient of the queries would take two `row_bytes` of half precision.
+    """
+    (first,) = backward()
+    facts = {"deterministic": all(torch.equal(first, backward()[0]) for _ in range(3))}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        (gradient,) = backward()
+        peak = torch.cuda.max_memory_allocated()
+        facts["workspace_in_rows"] = (peak - before - gradient.nbytes) / row_bytes
+    return facts
 
 
-@pytest.mark.parametrize(("device", "shape"), EVERY_SHAPE, ids=str)
-def test_target(device, shape):
-    packing = pack_lengths([shape.num_patches] * shape.batch)
-    peers = DENSE_PEERS if device == "cuda" else CPU_DENSE_PEERS
-    heads = _heads(shape)
-    _bench(f"{shape.name} target", packing, heads, shape.width // heads, device, peers)
-
-
-@pytest.mark.parametrize("part", ["context", "predictor"])
-@pytest.mark.parametrize(("device", "shape"), EVERY_SHAPE, ids=str)
-def test_packed(device, shape, part):
-    masks, heads = shape.masks(), _heads(shape)
+def _packing(shape: Shape, part: str) -> Packing:
+    if part == "target":
+        return pack_lengths([shape.num_patches] * shape.batch)
+    masks = shape.masks()
+    if part == "padded":
+        longest = int(masks.context_packing.cu_seqlens.diff().max())
+        return pack_lengths([longest] * shape.batch)
     drawn = masks.context_packing if part == "context" else masks.predictor_packing
-    packing = pack_lengths(drawn.cu_seqlens.diff().tolist())
-    width = shape.width if part == "context" else shape.predictor_width
-    peers = PACKED_PEERS if device == "cuda" else CPU_PACKED_PEERS
-    _bench(f"{shape.name} {part}", packing, heads, width // heads, device, peers)
+    return pack_lengths(drawn.cu_seqlens.diff().tolist())
 
 
-@pytest.mark.parametrize(("device", "shape"), EVERY_SHAPE, ids=str)
+PARTS = ("context", "predictor", "target")
+CASES = [(device, shape, part) for device, shape in EVERY_SHAPE for part in PARTS]
+if torch.cuda.is_available():
+    CASES += [("cuda", G16, "context"), ("cuda", G16, "target"), ("cuda", L14, "target")]
+
+
+def _name(value: object) -> str:
+    return value.name if isinstance(value, Shape) else str(value)
+
+
+@pytest.mark.parametrize(("device", "shape", "part"), CASES, ids=_name)
+def test_attention(device, shape, part):
+    dense = part == "target"
+    if device == "cpu":
+        peers = CPU_DENSE_PEERS if dense else CPU_PACKED_PEERS
+    else:
+        peers = DENSE_PEERS if dense else PACKED_PEERS
+    _bench(shape, part, device, peers)
+
+
+@pytest.mark.parametrize(("device", "shape", "part"), CASES, ids=_name)
+def test_flex(device, shape, part):
+    if device == "cpu":
+        pytest.skip("FlexAttention has no backward on a CPU")
+    _bench(shape, part, device, FLEX)
+
+
+@pytest.mark.parametrize(("device", "shape"), EVERY_SHAPE[:1], ids=_name)
 def test_padded_without_a_mask(device, shape):
     """What SDPA costs when padding is attended to: not the same result, for orientation only."""
-    lengths = shape.masks().context_packing.cu_seqlens.diff()
-    packing = pack_lengths([int(lengths.max())] * shape.batch)
-    heads = _heads(shape)
-    title = f"{shape.name} context padded to its longest, no mask"
-    peers = DENSE_PEERS if device == "cuda" else CPU_DENSE_PEERS
-    _bench(title, packing, heads, shape.width // heads, device, peers)
+    _bench(shape, "padded", device, DENSE_PEERS if device == "cuda" else CPU_DENSE_PEERS)
