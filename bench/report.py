@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from goals import goal_lines
 
 HERE = Path(__file__).parent
 PHASES = ("target", "context", "predictor", "backward", "optimizer", "average")
@@ -70,19 +71,28 @@ def step_section(entry: dict) -> list[str]:
     return [*lines, ""]
 
 
-def kernel_section(title: str, table: dict) -> list[str]:
-    """One table of a kernel bench: microseconds and the ratio to the first provider."""
-    lines = [f"### {title}", "", "| provider | us | GB/s |", "|---|---|---|"]
-    for label, row in table.items():
-        if not isinstance(row, dict):
-            continue
-        microseconds = row.get("us", row.get("median_us"))
-        if microseconds is None:
-            continue
-        bandwidth = row.get("gigabytes_per_second")
-        shown = "" if bandwidth is None else f"{bandwidth:.1f}"
-        lines.append(f"| {label} | {microseconds:.1f} | {shown} |")
-    return [*lines, ""] if len(lines) > 4 else []
+def kernel_section(title: str, rows: dict[str, dict]) -> list[str]:
+    """One table of a kernel bench; times over the first provider's, which is ours."""
+    if not rows or "us" not in next(iter(rows.values())):
+        return []
+    first = next(iter(rows.values()))["us"]
+    lines = [
+        f"### {title}",
+        "",
+        "| provider | us | over ours | GB/s | of the copy |",
+        "|---" * 5 + "|",
+    ]
+    for label, row in rows.items():
+        bandwidth, share = row.get("gigabytes_per_second"), row.get("share_of_copy")
+        cells = [
+            label + ("" if row.get("same", True) else " (another result)"),
+            f"{row['us']:.1f}",
+            f"{row['us'] / first:.2f}x",
+            "" if bandwidth is None else f"{bandwidth:.1f}",
+            "" if share is None else f"{share:.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def precision_section(stem: str, result: dict, out: Path) -> list[str]:
@@ -133,7 +143,7 @@ def plot_curves(losses: dict[str, np.ndarray], path: Path) -> Path | None:
 
 def write_report(results: Path, out: Path) -> None:
     """Write `out` and the plots beside it."""
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION, *goal_lines(results)]
     for stem, entries in load(results, "step-*.json"):
         lines += [f"## Training step: {stem.removeprefix('step-')}", ""]
         for entry in sorted(entries, key=lambda e: (e["size"], e["precision"], e["batching"])):

@@ -1,0 +1,104 @@
+"""`bench/goals.py` on made-up results: what is met, what is not, what has no figure."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def goals(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("goals")
+
+
+def table(peers, share=0.7, **facts):
+    rows = {"ours": {"us": 100.0, "share_of_copy": share, "same": True}}
+    rows |= {name: {"us": us, "same": same} for name, (us, same) in peers.items()}
+    return {"copy_gigabytes_per_second": 4300.0, "providers": rows, **facts}
+
+
+def attention(direction, head_dim, peers, longest=200, equal=False, **facts):
+    return table(
+        peers, op="attention", part="target" if equal else "context", direction=direction,
+        head_dim=head_dim, longest=longest, equal_lengths=equal, shape=f"S{longest}", **facts,
+    )  # fmt: skip
+
+
+def by_number(found):
+    return {(goal.number, goal.target): goal for goal in found}
+
+
+def test_without_results_nothing_is_met_or_missed(goals):
+    found = goals.goals_of(goals.Results({}, []))
+    assert sorted({goal.number for goal in found}) == list(range(1, 13))
+    assert all(goal.met is None and goal.figure == "no figure" for goal in found)
+
+
+def test_attention(goals):
+    facts = {"deterministic": True, "workspace_in_rows": 0.02}
+    kernels = [
+        attention("forward", 24, {"torch varlen_attn": (150, True), "fast but wrong": (50, False)}),
+        attention("forward", 80, {"FlexAttention, compiled": (120, True)}),
+        attention("forward", 64, {"SDPA cuDNN": (101, True)}, equal=True),
+        attention(
+            "backward", 24, {"torch varlen_attn": (180, True), "xformers": (90, True)}, **facts
+        ),
+        attention("backward", 80, {"SDPA cuDNN": (10, True)}, longest=784, equal=True),
+    ]
+    found = by_number(goals.goals_of(goals.Results(dict(enumerate(kernels)), [])))
+    verdicts = {key: goal.met for key, goal in found.items() if key[0] <= 6}
+    assert verdicts == {
+        (1, "60 % of the floor"): True,
+        (2, "1.3x"): False,
+        (3, "1.0x"): True,
+        (4, "50 % of the floor"): True,
+        (4, "1.7x"): True,
+        (5, "yes"): True,
+        (6, "0.85x"): False,
+    }
+    assert (
+        found[2, "1.3x"].figure == "1.20x at the least (S200 D=80 forward, FlexAttention, compiled)"
+    )
+    assert "without D=[32, 88]" in found[1, "60 % of the floor"].what
+    kernels[3]["workspace_in_rows"] = 2.0
+    found = by_number(goals.goals_of(goals.Results(dict(enumerate(kernels)), [])))
+    assert found[5, "yes"].met is False
+
+
+def test_times_are_scaled_by_the_copy_and_steps_take_our_fastest(goals, tmp_path):
+    def loss(direction):
+        peers = {"layer_norm, index, smooth_l1": (500, True)}
+        return table(peers, op="loss", shape="H/14 batch 128", direction=direction)
+
+    optimizer = table({"fused": (150, True), "loop": (310, True)}, op="optimizer", model="H",
+                      gradients="bfloat16")  # fmt: skip
+    optimizer["copy_gigabytes_per_second"] = 2150.0
+    for row in optimizer["providers"].values():
+        row["us"] *= 120  # 12 ms, where 6.9 on an H200 is 13.8
+    kernels = {"f": loss("forward"), "b": loss("backward"), "o": optimizer}
+    kernels["c"] = {"op": "ceilings", "copy_gigabytes_per_second": 2150.0,
+                    "providers": {"square": {"us": 1.0, "teraflops": 700.0}}}  # fmt: skip
+    rows = {
+        "ours": {"ms": 100.0, "mfu": 0.3, "images_per_second": 2560},
+        "ours, bf16 weights, compiled, graph": {"ms": 50, "mfu": 0.6, "images_per_second": 5120},
+        "ours without kernels": {"ms": 40, "mfu": 0.7, "images_per_second": 6400},
+        "released style": {"ms": 90.0},
+        "best stock, compiled": {"ms": 52.0},
+    }
+    step = {"size": "B/16", "batching": "truncate", "precision": "bf16", "providers": rows}
+    (tmp_path / "kernels-Some-GPU.json").write_text(json.dumps(kernels))
+    (tmp_path / "step-Some-GPU.json").write_text(json.dumps([step]))
+    lines = "\n".join(goals.goal_lines(tmp_path))
+    assert "| 12.00 ms (here 13.80), 1.50x, 3.10x | yes |" in lines
+    assert "| 0.200 ms (here 0.080), 5.00x | no |" in lines
+    assert "| 11 | step MFU, B/16 | 50% | 60% at the least" in lines
+    assert "| 1.80x, 1.04x (ours, bf16 weights, compiled, graph, 5120 img/s) | no |" in lines
+    assert "Copy 2150 GB/s; matrix products in TFLOP/s: square 700.0." in lines
+    assert (
+        "| 12 | step against released style and best stock, H/14 | 1.6x, 1.08x | no figure |  |"
+        in lines
+    )
