@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from timing import RESULTS, device_name
+from torch import Tensor
 
 from ijepa import IJEPA, Trainer
 from ijepa.components import build_mask_sampler
+from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys
 from ijepa.data.shapes import render_shapes
 from ijepa.recipes import load_recipe
@@ -40,22 +42,32 @@ GPU_MODEL = {"model.image_size": [64, 64], "model.width": 384, "model.depth": 6,
 IMAGES = 4096
 
 
-def losses_of(label: str, steps: int, device: torch.device) -> list[float]:
+def make_recipe(steps: int, device: torch.device) -> Recipe:
+    """The demo's recipe with a model for the device."""
+    overrides = GPU_MODEL if device.type == "cuda" else CPU_MODEL
+    return load_recipe("shapes-tiny", {**overrides, "train.steps": steps}).in_steps(IMAGES)
+
+
+def render(recipe: Recipe) -> Tensor:
+    """The images that the runs see, (n, 3, H, W) uint8, once for all of them."""
+    seen = min(IMAGES, recipe.train.steps * recipe.train.batch_size)
+    images = render_shapes(np.arange(seen), recipe.model.image_size, 0)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def losses_of(label: str, recipe: Recipe, images: Tensor, device: torch.device) -> list[float]:
     """The loss of every step; read at the end."""
     precision, residual = RUNS[label]
-    overrides = GPU_MODEL if device.type == "cuda" else CPU_MODEL
-    recipe = load_recipe("shapes-tiny", {**overrides, "train.steps": steps}).in_steps(IMAGES)
     config = replace(recipe.model, residual=residual)
     torch.manual_seed(0)
     trainer = Trainer(IJEPA(config).to(device), recipe.optim, recipe.schedule, precision=precision)
     batch = recipe.train.batch_size
     sampler = build_mask_sampler(recipe.masks, config.grid, batch, torch.device("cpu"))
     losses = []
-    for step in range(steps):
-        indices = np.arange(step * batch, (step + 1) * batch) % IMAGES
-        images = torch.from_numpy(render_shapes(indices, config.image_size, 0)).permute(0, 3, 1, 2)
+    for step in range(recipe.train.steps):
+        part = images[torch.arange(step * batch, (step + 1) * batch) % len(images)]
         masks = sampler(keys=derive_keys(3, step, np.arange(batch)))
-        losses.append(trainer.step(images.contiguous().to(device), masks.to(device)).loss)
+        losses.append(trainer.step(part.to(device), masks.to(device)).loss)
     return torch.stack(losses).cpu().tolist()
 
 
@@ -66,10 +78,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    curves = {}
+    recipe = make_recipe(arguments.steps, device)
+    images, curves = render(recipe), {}
     for label in RUNS:
         started = time.process_time()
-        curves[label] = losses_of(label, arguments.steps, device)
+        curves[label] = losses_of(label, recipe, images, device)
         seconds = time.process_time() - started
         tail = curves[label][-50:]
         print(
