@@ -50,14 +50,23 @@ def linear_probe_accuracy(
     best = penalties[0]
     if len(penalties) > 1:
         held_out = torch.arange(train.shape[0], device=train.device) % 5 == 0
+        fitted = _Rows(train[~held_out], train_labels[~held_out], classes)
         scores, head = [], None
         for penalty in penalties:
-            head = _fit(
-                train[~held_out], train_labels[~held_out], classes, penalty, iterations, head
-            )
+            head = _fit(fitted, penalty, iterations, head)
             scores.append(_accuracy(head, train[held_out], train_labels[held_out]))
         best = penalties[scores.index(max(scores))]
-    return _accuracy(_fit(train, train_labels, classes, best, iterations), test, test_labels)
+    head = _fit(_Rows(train, train_labels, classes), best, iterations)
+    return _accuracy(head, test, test_labels)
+
+
+class _Rows:
+    """Standardised rows to fit on: features (n, D), labels (n,) below `classes`."""
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int):
+        self.features, self.labels, self.classes = features, labels, classes
+        wide = features.double()
+        self.covariance = wide.T @ wide / max(features.shape[0], 1)  # (D, D) float64
 
 
 def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,12 +77,7 @@ def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    penalty: float,
-    iterations: int,
-    start: tuple[Tensor, Tensor] | None = None,
+    rows: _Rows, penalty: float, iterations: int, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Weight (classes, D) and bias (classes,) of the penalised maximum-likelihood solution.
 
@@ -82,10 +86,12 @@ def _fit(
     is about equally curved everywhere: factor @ factor.T is its Hessian where all classes are
     equally likely. The solution is the same.
     """
-    factor = _hessian_factor(features, penalty)
-    inverse = torch.linalg.inv(factor).to(features.dtype)  # (D, D), lower triangular
+    features, width = rows.features, rows.features.shape[1]
+    factor = _hessian_factor(rows.covariance, penalty)
+    identity = torch.eye(width, dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(features.dtype)
     turned = features @ inverse.T  # (n, D)
-    zeros = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
+    zeros = features.new_zeros(rows.classes, width), features.new_zeros(rows.classes)
     weight, bias = start or zeros
     directions = (weight @ factor.to(features.dtype)).requires_grad_()
     bias = bias.clone().requires_grad_()
@@ -99,7 +105,7 @@ def _fit(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(turned, directions, bias), labels)
+        loss = F.cross_entropy(F.linear(turned, directions, bias), rows.labels)
         loss = loss + 0.5 * penalty * (directions @ inverse).square().sum()
         loss.backward()
         return loss
@@ -109,11 +115,9 @@ def _fit(
     return directions.detach() @ inverse, bias.detach()
 
 
-def _hessian_factor(features: Tensor, penalty: float) -> Tensor:
+def _hessian_factor(covariance: Tensor, penalty: float) -> Tensor:
     """Cholesky factor (D, D), float64, of curvature * covariance + penalty * identity."""
-    wide = features.double()
-    covariance = wide.T @ wide / max(features.shape[0], 1)
-    identity = torch.eye(features.shape[1], dtype=torch.float64, device=features.device)
+    identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
     return torch.linalg.cholesky(_CURVATURE * covariance + penalty * identity)
 
 
