@@ -152,7 +152,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     root = path if path.name == "checkpoints" else path / "checkpoints"
     if not root.is_dir():
-        raise CheckpointError(f"{path} holds no checkpoints")
+        raise CheckpointError(
+            f"{path} holds no checkpoints: give the folder of a run, runs/<recipe>-<number>, "
+            "or one of its checkpoints"
+        )
     if (root / LATEST).exists():
         folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
         if not folder.is_dir():

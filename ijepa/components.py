@@ -82,13 +82,15 @@ def micro_batch_size(recipe: Recipe) -> int:
     Raises:
         ValueError: the batch cannot be shared evenly.
     """
-    parts = recipe.train.accumulate * distributed.world_size()
-    if recipe.train.batch_size % parts:
+    batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
+    ranks = distributed.world_size()
+    parts = accumulate * ranks
+    if batch % parts:
         raise ValueError(
-            f"train.batch_size {recipe.train.batch_size} cannot be shared among "
-            f"{distributed.world_size()} ranks x {recipe.train.accumulate} micro-batches"
+            f"train.batch_size {batch} cannot be shared among {ranks} ranks x {accumulate} "
+            f"micro-batches: the nearest that can is {max(round(batch / parts), 1) * parts}"
         )
-    return recipe.train.batch_size // parts
+    return batch // parts
 
 
 def build_model(recipe: Recipe) -> IJEPA:

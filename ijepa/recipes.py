@@ -132,7 +132,9 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
     if is_path:
         source = Path(name_or_path)
         if not source.is_file():
-            raise FileNotFoundError(f"no recipe file {name_or_path}")
+            raise FileNotFoundError(
+                f"no recipe file {name_or_path}; recipes by name: {', '.join(recipe_names())}"
+            )
     else:
         check_known([name_or_path], recipe_names(), "unknown recipe")
         source = resources.files("ijepa.configs") / f"{name_or_path}.toml"

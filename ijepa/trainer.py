@@ -78,8 +78,10 @@ class Trainer:
             )
         if schedule_config.total_steps is None or schedule_config.warmup_epochs is not None:
             raise ValueError(
-                "the schedule's lengths must be known in steps: give total_steps and warmup_steps,"
-                " or take the recipe's `in_steps`"
+                "the schedule's lengths must be known in steps, got"
+                f" total_steps={schedule_config.total_steps} and"
+                f" warmup_epochs={schedule_config.warmup_epochs}: give total_steps and"
+                " warmup_steps, or take the schedule of `Recipe.in_steps(number of images)`"
             )
         self.model = model
         self.schedule = schedule_config
@@ -91,7 +93,10 @@ class Trainer:
         self.step_index = 0
         device = next(model.parameters()).device
         if cuda_graph and (device.type != "cuda" or world_size() > 1):
-            raise ValueError("cuda_graph needs a model on a CUDA device and a single process")
+            raise ValueError(
+                "cuda_graph needs a model on a CUDA device and a single process, got one on"
+                f" {device.type} in {world_size()}: leave train.cuda_graph out"
+            )
         self._loss = model
         self.compilations: dict[tuple, float] = {}
         self._compiles = compile

@@ -10,6 +10,8 @@ from small_runs import SETTINGS, small_arguments, small_recipe
 
 from ijepa import cli
 from ijepa.checkpoint import load_checkpoint
+from ijepa.components import micro_batch_size
+from ijepa.config import Recipe, TrainConfig
 from ijepa.pretrain import Outcome, pretrain
 
 
@@ -32,14 +34,21 @@ def started(monkeypatch):
     return recipes
 
 
+def test_a_batch_that_the_ranks_cannot_share(monkeypatch):
+    monkeypatch.setattr("ijepa.distributed.world_size", lambda: 3)
+    recipe = Recipe(train=TrainConfig(batch_size=64, accumulate=2))
+    with pytest.raises(ValueError, match="64 cannot .* 3 ranks x 2 .* the nearest that can is 66"):
+        micro_batch_size(recipe)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["pretrain", "--train.batchsize", "3"], ["'train.batchsize'", "'train.batch_size'"]),
         (["pretrain", "vitb61"], ["unknown recipe 'vitb61'", "did you mean 'vitb16'"]),
         (["pretrain", "--trains.steps=3"], ["unknown setting", "did you mean 'train.steps'"]),
-        (["pretrain", "absent.toml"], ["no recipe file absent.toml"]),
-        (["pretrain", "--resume", "nowhere"], ["nowhere holds no checkpoints"]),
+        (["pretrain", "absent.toml"], ["no recipe file absent.toml; recipes by name: ", "vith14"]),
+        (["pretrain", "--resume", "nowhere"], ["nowhere holds no checkpoints: give the folder of a run"]),
         (["pretrain", "--resume"], ["--resume needs a run's folder"]),
         (["pretrain", "vitb16"], ["add --data.path FOLDER"]),
         (["pretrain", "--train.batch-size", "7", "--train.accumulate", "7",
