@@ -19,8 +19,6 @@ _PACKAGES = ("torch", "triton", "numpy", "pillow", "simplejpeg", "safetensors", 
 _OPTIONAL = {
     "matplotlib": "curves.png",
     "tensorboard": "train.tensorboard",
-    "timm": "conversion",
-    "transformers": "conversion",
 }
 _OPS = (
     "embed_visible_patches",
