@@ -41,6 +41,24 @@ def _loss(model: IJEPA, context: Tensor, ids: Tensor, targets: Tensor, expected:
     return F.smooth_l1_loss(predictions.float(), expected.float())
 
 
+class StockUpdate:
+    """PyTorch's fused AdamW, then the target encoder's average as one foreach lerp."""
+
+    def __init__(self, model: IJEPA):
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.averages, self.sources = map(list, zip(*ema_pairs(model), strict=True))
+
+    def __call__(self, clock: Clock = no_clock) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock("optimizer")
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.sources, 1.0 - MOMENTUM)
+        clock("average")
+
+
 class BestStock:
     """One optimiser step a call.
 
@@ -50,10 +68,7 @@ class BestStock:
 
     def __init__(self, model: IJEPA, precision: str, *, compile: bool):
         self.model, self.autocast = model, precision == "bf16"
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
-        )
-        self.averages, self.sources = map(list, zip(*ema_pairs(model), strict=True))
+        self.update = StockUpdate(model)
         wrap = functools.partial(torch.compile, fullgraph=True) if compile else lambda f: f
         self.target, self.context, self.loss = map(wrap, (_normalised_target, _context, _loss))
 
@@ -72,10 +87,5 @@ class BestStock:
             clock("predictor")
         loss.backward()
         clock("backward")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        clock("optimizer")
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.sources, 1.0 - MOMENTUM)
-        clock("average")
+        self.update(clock)
         return loss.detach()

@@ -12,13 +12,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from best_stock import StockUpdate
 from masked_vit_kernels import Packing, cpu
 from ours import our_phases
-from released_style import LR, MOMENTUM, WEIGHT_DECAY, Clock, no_clock
+from released_style import Clock, no_clock
 from torch import Tensor
 
 from ijepa import IJEPA, MaskBatch, model, vit
-from ijepa.optim import ema_pairs, parameter_groups
 
 
 def _padded(x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -80,20 +80,12 @@ class WithoutKernels:
 
     def __init__(self, network: IJEPA, precision: str):
         self.model, self.autocast = network, precision == "bf16"
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(network), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
-        )
-        self.averages, self.sources = map(list, zip(*ema_pairs(network), strict=True))
+        self.update = StockUpdate(network)
 
     def __call__(self, images: Tensor, masks: MaskBatch, clock: Clock = no_clock) -> Tensor:
         with plain_ops():
             loss = our_phases(self.model, images, masks, self.autocast, clock)
             loss.backward()
             clock("backward")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        clock("optimizer")
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.sources, 1.0 - MOMENTUM)
-        clock("average")
+        self.update(clock)
         return loss.detach()
