@@ -31,6 +31,7 @@ ROUNDS = {
     device: int(os.environ.get("BENCH_ROUNDS", rounds))
     for device, rounds in (("cpu", 11), ("cuda", 30))
 }
+TOLERANCE = 2e-2  # of a result's error, relative to its largest value
 L2_BYTES = 128 * 2**20  # more than any of today's: one rotation touches at least this much
 
 RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
@@ -82,7 +83,6 @@ def compare(
     ideal_bytes: int,
     device: str,
     *,
-    tolerance: float = 2e-2,
     facts: dict | None = None,
 ) -> dict[str, dict]:
     """Check the providers against the first one, time them, print and file the table.
@@ -90,7 +90,6 @@ def compare(
     Args:
         make_inputs: a fresh set of inputs; every provider gets the same sets.
         ideal_bytes: what the op has to read and write at the least, once.
-        tolerance: of a result's error, relative to the largest value.
         facts: what the table is about, filed with it.
 
     Raises:
@@ -128,7 +127,7 @@ def compare(
             "share_of_copy": ideal_bytes / median / bandwidth,
             "eager": name in eager,
             "error": errors[name],
-            "same": errors[name] <= tolerance,
+            "same": errors[name] <= TOLERANCE,
         }
     print(f"\n{title}: {ideal_bytes / 1e6:.1f} MB at the least, copy {bandwidth / 1e9:.0f} GB/s")
     for name, row in rows.items():

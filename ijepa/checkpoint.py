@@ -30,6 +30,7 @@ from torch import Tensor
 
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
+KEPT = 2  # checkpoints of a run
 WEIGHTS, STATE, METADATA, LATEST = (
     "weights.safetensors",
     "trainer.safetensors",
@@ -67,9 +68,8 @@ def save_checkpoint(
     weights: dict[str, Tensor],
     state: dict[str, Any],
     metadata: dict[str, Any],
-    keep: int = 2,
 ) -> Path:
-    """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest `keep`.
+    """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest two.
 
     Args:
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.
@@ -109,7 +109,7 @@ def save_checkpoint(
     _write_synced(root / f".{LATEST}.partial-file", final.name + "\n")
     (root / f".{LATEST}.partial-file").replace(root / LATEST)
     _sync(root)
-    for old in [*sorted(root.glob("step-*"))[:-keep], *root.glob(".step-*.partial")]:
+    for old in [*sorted(root.glob("step-*"))[:-KEPT], *root.glob(".step-*.partial")]:
         shutil.rmtree(old)
     return final
 

@@ -42,6 +42,6 @@ def random_bits(keys: np.ndarray, count: int, first: int = 0) -> np.ndarray:
         return _mix(np.asarray(keys, dtype=np.uint64)[:, None] + counters * _GOLDEN)
 
 
-def uniform(keys: np.ndarray, count: int, first: int = 0) -> np.ndarray:
-    """(B,) uint64 keys -> (B, count) float64 draws in [0, 1), numbered from `first`."""
-    return (random_bits(keys, count, first) >> np.uint64(11)) * 2.0**-53
+def uniform(keys: np.ndarray, count: int) -> np.ndarray:
+    """(B,) uint64 keys -> (B, count) float64 draws in [0, 1)."""
+    return (random_bits(keys, count) >> np.uint64(11)) * 2.0**-53

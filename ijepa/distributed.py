@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BUCKET_ELEMENTS = 1 << 24  # gradients that are summed in one message
+
 
 def start(device: torch.device) -> torch.device:
     """Join the process group that torchrun describes; returns this rank's own device.
@@ -74,7 +76,7 @@ def from_main(value: object) -> object:
 
 
 @torch.no_grad()
-def sum_gradients(parameters: Iterable[Tensor], bucket_elements: int = 1 << 24) -> None:
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its sum over the ranks, in place, a flat bucket at a time."""
     if world_size() == 1:
         return
@@ -82,7 +84,7 @@ def sum_gradients(parameters: Iterable[Tensor], bucket_elements: int = 1 << 24) 
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        full = sum(gradient.numel() for gradient in bucket) >= bucket_elements
+        full = sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS
         if bucket and (full or bucket[0].dtype != parameter.grad.dtype):
             _sum_bucket(bucket)
             bucket = []

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ijepa.evaluate.knn import knn_accuracy
 
+_EPS = 1e-7  # of RankMe
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -59,13 +61,13 @@ def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
     )
 
 
-def effective_rank(features: Tensor, eps: float = 1e-7) -> float:
+def effective_rank(features: Tensor) -> float:
     """RankMe of (n, D): exp of the entropy of the normalised singular values.
 
-    p_k = sigma_k / sum(sigma) + eps, rank = exp(-sum p_k log p_k) (Garrido et al., 2023).
+    p_k = sigma_k / sum(sigma) + 1e-7, rank = exp(-sum p_k log p_k) (Garrido et al., 2023).
     """
     singular_values = torch.linalg.svdvals(features)
-    p = singular_values / singular_values.sum().clamp(min=eps) + eps
+    p = singular_values / singular_values.sum().clamp(min=_EPS) + _EPS
     return torch.exp(-(p * p.log()).sum()).item()
 
 

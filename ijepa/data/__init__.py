@@ -7,7 +7,7 @@ import os
 from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.data.batch import ImageBatch, iterate_images, load_batch
 from ijepa.data.cache import PROCEDURES, default_cache, procedural_source
-from ijepa.data.decode import MAX_PIXELS, ImageError
+from ijepa.data.decode import ImageError
 from ijepa.data.folder import folder_source
 from ijepa.data.loader import Loader, TrainingBatch, build_loader
 from ijepa.data.sources import ArraySource, FileSource, ImageSource
@@ -42,16 +42,13 @@ def build_source(
     num_images: int | None = None,
     image_size: tuple[int, int] | None = None,
     seed: int = 0,
-    cache_dir: str | os.PathLike | None = None,
-    max_pixels: int = MAX_PIXELS,
-    cache_bytes: int = 256 << 20,
     progress: bool = True,
 ) -> ImageSource:
     """A source by name: "shapes", "scenes", or "folder" with a `path`.
 
     Args:
-        path, channels, max_pixels, cache_bytes: see `folder_source`.
-        num_images, image_size, seed, cache_dir, progress: see `procedural_source`.
+        path, channels: see `folder_source`.
+        num_images, image_size, seed, progress: see `procedural_source`.
 
     Raises:
         ValueError: an unknown kind, a folder without path, or what the source itself refuses.
@@ -59,9 +56,7 @@ def build_source(
     if kind == "folder":
         if path is None:
             raise ValueError("a folder source needs the path of a folder of images")
-        return folder_source(
-            path, channels=channels, max_pixels=max_pixels, cache_bytes=cache_bytes
-        )
+        return folder_source(path, channels=channels)
     if kind not in PROCEDURES:
         raise ValueError(f"unknown data source {kind!r}: choose folder, {', '.join(PROCEDURES)}")
     if channels != 3:
@@ -71,6 +66,5 @@ def build_source(
         num_images=num_images,
         image_size=image_size,
         seed=seed,
-        cache_dir=cache_dir,
         progress=progress,
     )

@@ -65,21 +65,19 @@ def iterate_images(
     indices: np.ndarray,
     transform: Transform,
     batch_size: int,
-    keys: np.ndarray | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Images `indices` in order, the last batch perhaps smaller: the evaluation iterator.
 
     Args:
         indices: (n,) image numbers.
-        keys: (n,) uint64 for a random transform; a deterministic one needs none.
+        transform: one that draws nothing.
 
     Yields:
         (B, C, H, W) uint8 and task -> (B,) int64 labels.
     """
     indices = np.asarray(indices, dtype=np.int64)
     for start in range(0, len(indices), batch_size):
-        part = slice(start, start + batch_size)
-        batch = load_batch(source, indices[part], transform, None if keys is None else keys[part])
+        batch = load_batch(source, indices[start : start + batch_size], transform)
         yield batch.images, batch_labels(source, batch)
 
 

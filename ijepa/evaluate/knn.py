@@ -16,7 +16,6 @@ def knn_accuracy(
     *,
     neighbours: int = 20,
     temperature: float = 0.07,
-    center: bool = True,
     batch_size: int = 1024,
 ) -> float:
     """Share of test rows whose neighbours' vote is right, in [0, 1].
@@ -24,8 +23,6 @@ def knn_accuracy(
     Args:
         train_features, test_features: (n, D) and (m, D), floating point.
         train_labels, test_labels: (n,) and (m,) int64, from 0.
-        center: subtract the training mean first. Average-pooled features share a large common
-            part (every image has the same positions), which would make all cosines alike.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -39,7 +36,9 @@ def knn_accuracy(
                 f"{name} features (n, D) and labels (n,) expected, got "
                 f"{tuple(features.shape)} and {tuple(labels.shape)}"
             )
-    mean = train_features.mean(dim=0) if center else torch.zeros_like(train_features[0])
+    # Average-pooled features share a large common part (every image has the same positions), which
+    # would make all cosines alike.
+    mean = train_features.mean(dim=0)
     bank = F.normalize(train_features - mean, dim=1)  # (n, D)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     neighbours = min(neighbours, bank.shape[0])
