@@ -108,10 +108,12 @@ def _flex(packing: Packing) -> Attend:
 
 def _jagged(packing: Packing) -> Attend:
     offsets = packing.cu_seqlens.long()
+    # both bounds, or every call would read them back from the device
+    bounds = {"min_seqlen": int(offsets.diff().min()), "max_seqlen": packing.max_seqlen}
 
     def attend(qkv: Tensor) -> Tensor:
         q, k, v = (
-            torch.nested.nested_tensor_from_jagged(part, offsets, max_seqlen=packing.max_seqlen)
+            torch.nested.nested_tensor_from_jagged(part, offsets, **bounds)
             for part in qkv.unbind(1)
         )
         parts = (part.transpose(1, 2) for part in (q, k, v))
