@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from masked_vit_kernels import reference
+from masked_vit_kernels import cpu_linear, reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa import IJEPA, ModelConfig, MultiBlockSampler, vit
@@ -44,8 +44,8 @@ def draw(config, images=6, seed=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)), masks
 
 
-def plain_attention(monkeypatch):
-    """Attention as matrix products that the counter sees, sequence by sequence."""
+def counted_products(monkeypatch):
+    """Matrix products that the counter sees: attention sequence by sequence, layers by F.linear."""
 
     def qkvpacked(qkv, cu_seqlens, max_seqlen, packing=None):
         return reference.varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens)[0]
@@ -55,6 +55,7 @@ def plain_attention(monkeypatch):
 
     monkeypatch.setattr(vit, "varlen_attention_qkvpacked", qkvpacked)
     monkeypatch.setattr(vit, "varlen_attention_kvpacked", kvpacked)
+    monkeypatch.setattr(cpu_linear, "ONEDNN_DTYPES", frozenset())
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def plain_attention(monkeypatch):
 )
 def test_operations_are_those_that_pytorch_counts(settings, monkeypatch):
     """Exactly: every matrix product of the step is in the arithmetic and nothing else."""
-    plain_attention(monkeypatch)
+    counted_products(monkeypatch)
     config = replace(CONFIG, **settings)
     model, (images, masks) = IJEPA(config), draw(config)
     with FlopCounterMode(display=False) as forward:
