@@ -22,6 +22,10 @@ import torch
 import triton
 from torch import Tensor
 
+from masked_vit_kernels.bundle import use_bundle_of_environment
+
+use_bundle_of_environment()  # before the first launch of any op
+
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Compute capabilities the launch tables know, as major * 10 + minor.
