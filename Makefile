@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+# Architectures of the C library.
+ARCHS ?= 80;90;100
+
+.PHONY: demo test library lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -26,6 +29,14 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# The kernels as a C library, built and tested. CMake comes with the test tools, the compiler does not.
+library: $(VENV)/installed-test
+	@command -v cc > /dev/null || { echo "make library needs a C compiler: install gcc or clang (Debian: apt-get install gcc)"; exit 1; }
+	@test -x $(BIN)/cmake || { echo "$(BIN)/cmake is missing: $(BIN)/pip install 'cmake>=3.22'"; exit 1; }
+	$(BIN)/cmake -B build -DMVK_ARCHS="$(ARCHS)" -DMVK_PYTHON="$(CURDIR)/$(BIN)/python"
+	$(BIN)/cmake --build build
+	$(BIN)/ctest --test-dir build --output-on-failure
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
