@@ -145,7 +145,7 @@ def backward_plan(
 
 def _one_tile(head_dim: int, capability: int) -> AttentionConfig:
     if capability == 80 or head_dim > WIDEST_TUNED:
-        return AttentionConfig(64, 64, 4 if head_dim <= 64 else 8, 1)
+        return AttentionConfig(64, 64, 4 if head_dim < 64 else 8, 1)
     registers = 128 if head_dim <= 32 else 168 if head_dim <= 64 else None
     return AttentionConfig(64, 64, 4, 1, registers)
 
