@@ -20,7 +20,12 @@ from triton.compiler import ASTSource
 
 BUNDLE = Path(os.environ[bundle.VARIABLE])
 ARCHS = sorted(int(arch) for arch in (BUNDLE.parent / "aot/archs.txt").read_text().split(";"))
-RECIPES = ("vitb16", "vitl16", "vith14", "vith16-448", "vitg16", "vitb16-paper")
+# bf16-params is the mode of one GPU; autocast and the paper's loss add kernels of their own.
+STEPS = (
+    ("vitb16", "bf16-params"), ("vitl16", "bf16-params"), ("vith14", "bf16-params"),
+    ("vith16-448", "bf16-params"), ("vitg16", "bf16-params"), ("vitb16-paper", "bf16"),
+    ("vith14", "bf16"),
+)  # fmt: skip
 STUB = install_stub_driver()
 
 
@@ -35,8 +40,7 @@ def _refuse(self, *_):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("precision", ["bf16", "bf16-params"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "precision"), STEPS)
 def test_the_first_step_compiles_nothing(recipe, precision, arch):
     launches = step_launches(recipe, precision, arch)
     assert len(launches) > 20

@@ -7,13 +7,16 @@ and every kernel parameter must be equal.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import struct
+from unittest import mock
 
 import pytest
 import torch
 from aot_build import ARCHS, FAKE, LIBRARY, bundled_cubin
-from c_api import cubin_hash
+from c_api import cubin_hash as slow_cubin_hash
 from masked_vit_kernels import (
     adamw_ema_launch,
     ema,
@@ -31,7 +34,9 @@ from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.rows import RowIndex
 from torch import Tensor
 
-DRAWS = 12
+cubin_hash = functools.cache(slow_cubin_hash)
+
+DRAWS = 30
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = FLOATS[1:]
 WIDTHS = (192, 384, 768, 1024, 1280, 1408)
@@ -99,11 +104,11 @@ def _index(draw: random.Random, batch: int, tokens: int, every: bool):
     return index, rows, c_index
 
 
-def _attention(draw: random.Random):
+def _attention(draw: random.Random, dtype=None, dim=None, limits=None):
     """Packed qkv of drawn lengths, with the fields that forward and backward share."""
-    dtype, dim = draw.choice(HALVES), draw.choice(HEAD_DIMS)
+    dtype, dim = dtype or draw.choice(HALVES), dim or draw.choice(HEAD_DIMS)
     heads = draw.choice([1, 3, 6, 12, 16])
-    limit_q, limit_k = draw.choice(LENGTHS), draw.choice(LENGTHS)
+    limit_q, limit_k = limits or (draw.choice(LENGTHS), draw.choice(LENGTHS))
     sequences = draw.randint(1, 6)
     packings = [
         pack_lengths([draw.randint(0, limit) for _ in range(sequences)], max_seqlen=limit,
@@ -123,8 +128,11 @@ def _attention(draw: random.Random):
 
 
 def test_attention_forward(drawn):
-    capability, draw = drawn
-    q, k, v, packing_q, packing_k, fields = _attention(draw)
+    _forward_alike(*drawn)
+
+
+def _forward_alike(capability: int, draw: random.Random, **chosen) -> None:
+    q, k, v, packing_q, packing_k, fields = _attention(draw, **chosen)
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
     maps = (packing_q.tile_map, packing_q.wide_tile_map) if draw.random() < 0.5 else (None, None)
     if maps[0] is not None:
@@ -141,8 +149,11 @@ def test_attention_forward(drawn):
 
 
 def test_attention_backward(drawn):
-    capability, draw = drawn
-    q, k, v, packing_q, packing_k, fields = _attention(draw)
+    _backward_alike(*drawn)
+
+
+def _backward_alike(capability: int, draw: random.Random, **chosen) -> None:
+    q, k, v, packing_q, packing_k, fields = _attention(draw, **chosen)
     out, dout, dq = (torch.empty_like(q) for _ in range(3))
     dk, dv = torch.empty(k.shape[0], 2, *k.shape[1:], dtype=k.dtype).unbind(1)
     lse, delta = (torch.empty(q.shape[1], q.shape[0]) for _ in range(2))
@@ -168,6 +179,20 @@ def test_attention_backward(drawn):
     expect(capability, launches)
 
 
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("capability", ARCHS)
+def test_attention_on_both_sides_of_every_length_the_tables_know(capability, dtype, dim):
+    """Each pair of lengths with tile maps and without, which is what the draw of 0 or 1 decides."""
+    draw = random.Random(1)
+    for limits in itertools.product((64, 65, 128, 129), (64, 65, 128, 129, 256, 257)):
+        for alike in (_forward_alike, _backward_alike):
+            for without_maps in (0, 1):
+                FAKE.reset(capability)
+                with mock.patch.object(draw, "random", lambda value=without_maps: value):
+                    alike(capability, draw, dtype=dtype, dim=dim, limits=limits)
+
+
 def test_a_map_longer_than_a_grid_axis(drawn):
     capability, _ = drawn
     tiles = torch.empty(200_000, 2, dtype=torch.int32)
@@ -188,9 +213,15 @@ def test_a_map_longer_than_a_grid_axis(drawn):
     expect(capability, [launch])
 
 
-def test_gather_rows(drawn):
-    capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+@pytest.mark.parametrize("capability", ARCHS)
+def test_gather_rows_of_every_size(capability):
+    for seed, (dtype, width) in enumerate(itertools.product(FLOATS, WIDTHS * 6)):
+        FAKE.reset(capability)
+        _gather_alike(capability, random.Random(seed), dtype, width)
+
+
+def _gather_alike(capability: int, draw: random.Random, dtype: torch.dtype, width: int) -> None:
+    tokens = draw.randint(1, 300)
     index, num_rows, c_index = _index(draw, 3, tokens, every=False)
     x = torch.empty(3, tokens, 2, width, dtype=dtype)[:, :, draw.randint(0, 1)]
     out = torch.empty(num_rows, width, dtype=dtype)
