@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+# The kernels of this very checkout, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 # Before Triton is imported: only cubins are kept, and in the bundle alone.
 os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
 os.environ.pop("MASKED_VIT_KERNELS_CACHE", None)
