@@ -179,13 +179,18 @@ def test_padded_queries_get_zero_gradients_where_every_key_row_is_used():
     assert (q.grad[:5] != 0).any(-1).all() and kv.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 7, 6]], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [[7, 7, 7], [7, 7, 6], [130] * 40],
+    ids=["one length", "two", "more scores than one bucket takes"],
+)
 def test_sequences_of_one_length_need_no_reordering(lengths):
     """Forward and backward beside the float64 reference, with and without the shortcut."""
     qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
     grad, bounds = torch.randn(sum(lengths), 2, 16), cu(lengths)
     assert cpu_attention._plan_for(*qkv.unbind(1)[:2], bounds, bounds).uniform == (6 not in lengths)
-    out, lse = cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 7, return_lse=True)
+    longest = max(lengths)
+    out, lse = cpu_attention.varlen_attention_qkvpacked(qkv, bounds, longest, return_lse=True)
     out.backward(grad)
     expected = oracle(*qkv.unbind(1), grad, bounds, bounds)
     assert_close(out.detach(), expected[0], torch.float32)

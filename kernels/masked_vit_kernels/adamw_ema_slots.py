@@ -77,7 +77,8 @@ class Slot:
             raise ValueError("AdamWEMA does not take sparse gradients")
         gradient = local(gradient)
         like = self.source.original
-        if is_dense(gradient) and layout_of(gradient) == layout_of(like):
+        alike = gradient.is_contiguous() and like.is_contiguous()
+        if alike or (is_dense(gradient) and layout_of(gradient) == layout_of(like)):
             return flat_view(gradient)
         return flat_view(torch.empty_like(like, dtype=gradient.dtype).copy_(gradient))
 

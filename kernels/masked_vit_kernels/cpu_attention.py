@@ -247,10 +247,15 @@ def _uniform_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Sequences of one length are a dense batch already: nothing is copied into order."""
-    dense = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    dense = (_dense(x, sequences) for x in (q, k, v))
     out, lse = _flash_forward(*dense, scale=scale)  # (S, H, P, Dh), (S, H, P)
     out = out.transpose(1, 2).reshape(q.shape)
     return out, lse.transpose(1, 2).to(_lse_dtype(q)).reshape(q.shape[:2])
+
+
+def _dense(x: Tensor, sequences: int) -> Tensor:
+    """(T, H, ...) of sequences of one length -> a view (S, H, P, ...)."""
+    return x.unflatten(0, (sequences, -1)).transpose(1, 2)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -276,6 +281,9 @@ def _attention_backward(
     """-> one gradient buffer for each of `inputs`."""
     q, k, v = _split(inputs)
     plan = _plan_for(q, k, cu_seqlens_q, cu_seqlens_k)
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)  # (Tq, H)
+    if plan.uniform:
+        return _uniform_backward(plan, grad_out, inputs, lse, delta, scale)
     wide = _matmul_dtype(q.dtype)
     heads = q.shape[1]
     covered = [plan.covers_queries, plan.covers_keys, plan.covers_keys][: len(inputs)]
@@ -287,8 +295,7 @@ def _attention_backward(
     ]
     sources = [_head_rows(x) for x in (q, k, v, grad_out)]
     sinks = [_head_rows(x) for x in _split(buffers)]
-    delta = (grad_out.to(lse.dtype) * out).sum(-1).view(-1)  # (Tq * H,)
-    flat_lse = lse.reshape(-1)
+    flat_lse, flat_delta = lse.reshape(-1), delta.view(-1)
     for bucket in plan.buckets:
         sides = (bucket.queries, bucket.keys, bucket.keys)
         query, key, value, grad = (
@@ -299,12 +306,38 @@ def _attention_backward(
         shape = (bucket.count * heads, bucket.queries.length, 1)
         gradients = _bucket_backward(
             bucket, query, key, value, grad, flat_lse[per_query].view(shape),
-            delta[per_query].view(shape), scale,
+            flat_delta[per_query].view(shape), scale,
         )  # fmt: skip
         for (matrix, row_stride), side, gradient in zip(sinks, sides, gradients, strict=True):
             rows = gradient.view(-1, gradient.shape[-1]).to(q.dtype)
             matrix.index_copy_(0, side.write_index(heads, row_stride), rows)
     return [buffer[:-1] for buffer in buffers]
+
+
+def _uniform_backward(
+    plan: _Plan,
+    grad_out: Tensor,
+    inputs: Sequence[Tensor],
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Sequences of one length lie in the buckets' order: blocks are copied, not single rows."""
+    buffers = [x.new_empty(x.shape) for x in inputs]
+    wide, first = _matmul_dtype(grad_out.dtype), 0
+    for bucket in plan.buckets:
+        rows = slice(first, first + bucket.count * bucket.queries.length)
+        first = rows.stop
+        query, key, value, grad = (
+            _dense(x[rows], bucket.count).to(wide).flatten(0, 1)
+            for x in (*_split(inputs), grad_out)
+        )  # (n * H, P, Dh) each
+        per_query = (_dense(x[rows], bucket.count).flatten(0, 1)[..., None] for x in (lse, delta))
+        gradients = _bucket_backward(bucket, query, key, value, grad, *per_query, scale)
+        for buffer, gradient in zip(_split(buffers), gradients, strict=True):
+            sink = _dense(buffer[rows], bucket.count)
+            sink.copy_(gradient.view(sink.shape))
+    return buffers
 
 
 def _bucket_backward(
