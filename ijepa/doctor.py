@@ -12,6 +12,7 @@ from pathlib import Path
 
 import masked_vit_kernels
 import torch
+from masked_vit_kernels.cpu_linear import ONEDNN_DTYPES
 from rich.console import Console
 from rich.table import Table
 
@@ -92,7 +93,9 @@ def op_table() -> list[tuple[str, str, str]]:
             rows.append((name, "plain PyTorch", "plain PyTorch, no kernel"))
         else:
             rows.append((name, "plain PyTorch", "Triton kernel"))
-    return rows
+    onednn = sorted(str(dtype).removeprefix("torch.") for dtype in ONEDNN_DTYPES)
+    products = f"oneDNN for {', '.join(onednn)}" if onednn else "plain PyTorch"
+    return [*rows, ("linear", products, "plain PyTorch, no kernel")]
 
 
 def _two_columns(title: str, facts: dict[str, str]) -> Table:
