@@ -117,7 +117,7 @@ def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path, capsys
     assert recipe.model == small_recipe(run).model and recipe.train.steps == 2
 
     for arguments, expected in (
-        (["--train.seed", "2"], "train.seed is 1 in the run"),
+        (["--train.seed", "2"], f"train.seed is {recipe.train.seed} in the run"),
         (["--model.depth", "3"], "model.depth is 2 in the run"),
         (["vitb16"], "is a run of recipe shapes-tiny, not of vitb16"),
     ):
