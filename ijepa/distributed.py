@@ -7,6 +7,7 @@ averaged, and the number of ranks changes nothing but the order of additions.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable
 
@@ -27,6 +28,10 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    # This module's functions take the default group as a default argument. Imported after the group
+    # exists (torch.compile does so) it would hold the group past `stop`, and with it gloo's threads,
+    # which then sometimes abort the process as it exits.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
