@@ -28,8 +28,8 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    # This module's functions take the default group as a default argument. Imported after the group
-    # exists (torch.compile does so) it would hold the group past `stop`, and with it gloo's threads,
+    # This module holds the default group in default arguments. Imported after the group exists
+    # (torch.compile does so) it would keep it past `stop`, and with it gloo's threads,
     # which then sometimes abort the process as it exits.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
