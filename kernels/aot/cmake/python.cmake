@@ -10,7 +10,7 @@ endif()
 
 function(mvk_try_python candidate)
     if(NOT MVK_PYTHON_FOUND AND candidate AND EXISTS ${candidate})
-        execute_process(COMMAND ${candidate} -c ${_can_build}
+        execute_process(COMMAND ${candidate} -c "${_can_build}"
                         RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
         if(NOT failed)
             set(MVK_PYTHON_FOUND ${candidate} PARENT_SCOPE)
