@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements below which a weight gradient with fewer columns than rows is computed transposed: half
-# as long on two cores of a Zen 5, and nothing gained beyond.
+# Elements below which a weight gradient with fewer columns than rows is computed transposed:
+# 1.6 times as fast at 96 to 288 on two cores of a Zen 5, and nothing gained beyond.
 _SMALL_WEIGHT = 1 << 18
 
 
