@@ -54,9 +54,7 @@ def _ours(packing: Packing) -> Attend:
 def _ours_apart(packing: Packing) -> Attend:
     bounds, longest = packing.cu_seqlens, packing.max_seqlen
     packings = {"packing_q": packing, "packing_k": packing}
-    return lambda q, k, v: varlen_attention(
-        q, k, v, bounds, bounds, longest, longest, **packings
-    )
+    return lambda q, k, v: varlen_attention(q, k, v, bounds, bounds, longest, longest, **packings)
 
 
 def _torch_varlen(packing: Packing) -> Attend:
@@ -82,9 +80,7 @@ def _xformers(packing: Packing) -> Attend:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     bias = BlockDiagonalMask.from_seqlens(packing.cu_seqlens.diff().tolist())
-    return lambda q, k, v: memory_efficient_attention(
-        q[None], k[None], v[None], attn_bias=bias
-    )[0]
+    return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
 
 def packed_block_mask(packing: Packing):
