@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import triton
 from bench_attention import BACKWARD_ROWS, FORWARD_ROWS, G16, HEADS, L14, PARTS
-from machine_flow import depth_of, exposed_waits, product_loops, working_code
+from machine_flow import exposed_waits, working_code
 from masked_vit_kernels import audit, pack_lengths
 from masked_vit_kernels.attention_backward import backward_launches
 from masked_vit_kernels.attention_forward import forward_launch
@@ -124,12 +124,11 @@ class Program:
 def count(sass: str, warps: int) -> tuple[Cycles, ...]:
     """`Program.by_depth` of a kernel's machine code, as nvdisasm prints it."""
     code = working_code(sass)
-    loops = product_loops(code)
     by_depth = [Cycles() for _ in range(3)]
-    for address, opcode, _ in code:
-        by_depth[depth_of(address, loops)].add(Cycles.of(opcode, warps))
+    for address, opcode, _ in code.instructions:
+        by_depth[code.depth_of(address)].add(Cycles.of(opcode, warps))
     waits = exposed_waits(
-        code, loops, lambda opcode: Cycles.of(opcode, warps).total(), LOAD_LATENCY, CACHED_LATENCY
+        code, lambda opcode: Cycles.of(opcode, warps).total(), LOAD_LATENCY, CACHED_LATENCY
     )
     for depth, cycles in waits.items():
         by_depth[depth].waiting = cycles

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 from masked_vit_kernels import audit
@@ -22,8 +23,23 @@ _WIDTH = {"128": 4, "64": 2, "WIDE": 2}  # registers that are written, by modifi
 Loop = tuple[int, int]  # addresses of the first and the last instruction
 
 
-def working_code(sass: str) -> list[Instruction]:
+@dataclass(frozen=True)
+class WorkingCode:
     """The instructions, in order of address, of programs that come to a matrix product.
+
+    `loops` are those with products in them.
+    """
+
+    instructions: list[Instruction]
+    loops: list[Loop]
+
+    def depth_of(self, address: int) -> int:
+        """In how many of the loops an instruction stands."""
+        return sum(first <= address <= last for first, last in self.loops)
+
+
+def working_code(sass: str) -> WorkingCode:
+    """What programs with work run, of machine code as nvdisasm prints it.
 
     Raises:
         ValueError: no product, or control flow or copies of a kind that is not followed here.
@@ -35,39 +51,29 @@ def working_code(sass: str) -> list[Instruction]:
                 f"{opcode} at {address:#x}: branches by BRA and copies by LDG and LDGSTS are"
                 " followed, nothing else; teach bench/machine_flow.py this instruction"
             )
+    products = [address for address, opcode, _ in code if PRODUCT.match(opcode)]
+    if not products:
+        raise ValueError("no matrix product (HGMMA, HMMA) in this machine code")
     after = _successors(code, sass)
     before: dict[int, list[int]] = {address: [] for address in after}
     for address, following in after.items():
         for target in following:
             before[target].append(address)
-    products = [address for address, opcode, _ in code if PRODUCT.match(opcode)]
-    if not products:
-        raise ValueError("no matrix product (HGMMA, HMMA) in this machine code")
     kept = _reached(products, after) | _reached(products, before)
-    return [instruction for instruction in code if instruction[0] in kept]
-
-
-def product_loops(code: list[Instruction]) -> list[Loop]:
-    """Loops (backward branches) around a matrix product."""
-    products = [address for address, opcode, _ in code if PRODUCT.match(opcode)]
-    loops = []
-    for address, opcode, operands in code:
-        target = _target(operands)
-        if not opcode.startswith("BRA") or target is None or target >= address:
-            continue
-        if any(target <= product <= address for product in products):
-            loops.append((target, address))
-    return loops
-
-
-def depth_of(address: int, loops: list[Loop]) -> int:
-    """In how many of the loops an instruction stands."""
-    return sum(first <= address <= last for first, last in loops)
+    loops = [
+        (target, address)
+        for address in sorted(kept)
+        for target in after[address]
+        if target < address
+        and any(target <= product <= address for product in products)
+        # code that was moved out of line branches back too, but is not reached from there
+        and address in _reached([target], after, within=(target, address))
+    ]
+    return WorkingCode([instruction for instruction in code if instruction[0] in kept], loops)
 
 
 def exposed_waits(
-    code: list[Instruction],
-    loops: list[Loop],
+    code: WorkingCode,
     cycles_of: Callable[[str], float],
     latency: float,
     cached_latency: float,
@@ -79,22 +85,21 @@ def exposed_waits(
     128 bytes, and is waited for by the first instruction that names a register it writes.
     Asynchronous copies (LDGSTS, grouped by LDGDEPBAR) are waited for by DEPBAR.LE SB0, N, which
     lets the N youngest groups fly on. What a loop loads for its next iteration is waited for there:
-    every loop is walked twice and its second iteration counted.
+    of every loop three iterations are walked and the mean of the later two is counted.
     """
-    exposed = dict.fromkeys((depth_of(address, loops) for address, _, _ in code), 0.0)
+    exposed = dict.fromkeys(map(code.depth_of, (i[0] for i in code.instructions)), 0.0)
     clock, copied = 0.0, 0.0
     registers: dict[int, float] = {}  # when what a register is loaded with arrives
     lines: dict[tuple[int, int], float] = {}  # when 128 bytes arrive: address register, offset
     groups: list[float] = []  # when each group of copies arrives
-    for (address, opcode, operands), counted in _walk(code, loops):
+    for (address, opcode, operands), weight in _walk(code.instructions, code.loops):
         named = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
         ready = max((registers.pop(register, 0.0) for register in named), default=0.0)
         if opcode.startswith("DEPBAR"):
             awaited = max(len(groups) - _left_flying(opcode, operands), 0)
             ready = max([ready, *groups[:awaited]])
             del groups[:awaited]
-        if counted:
-            exposed[depth_of(address, loops)] += max(ready - clock, 0.0)
+        exposed[code.depth_of(address)] += weight * max(ready - clock, 0.0)
         clock = max(clock, ready) + cycles_of(opcode)
         arrival = clock + latency
         if line := _line(opcode, operands):
@@ -139,9 +144,9 @@ def _left_flying(opcode: str, operands: str) -> int:
 
 
 def _walk(
-    code: list[Instruction], loops: list[Loop], counted: bool = True
-) -> Iterator[tuple[Instruction, bool]]:
-    """Every instruction in order, loops twice; with True where all its loops run a second time."""
+    code: list[Instruction], loops: list[Loop], weight: float = 1.0
+) -> Iterator[tuple[Instruction, float]]:
+    """Every instruction in order, loops three times, with what that time counts."""
     end = -1
     for instruction in code:
         address = instruction[0]
@@ -149,13 +154,13 @@ def _walk(
             continue  # of a loop that was walked
         last = max((b for a, b in loops if a == address), default=None)
         if last is None:
-            yield instruction, counted
+            yield instruction, weight
             continue
         body = [other for other in code if address <= other[0] <= last]
         within = [(a, b) for a, b in loops if address <= a and b <= last]
         inner = [loop for loop in within if loop != (address, last)]
-        for second in (False, True):
-            yield from _walk(body, inner, counted and second)
+        for counts in (0.0, 0.5, 0.5):
+            yield from _walk(body, inner, weight * counts)
         end = last
 
 
@@ -185,12 +190,13 @@ def _target(operands: str) -> int | None:
     return int(found.group(1), 16) if found else None
 
 
-def _reached(start: list[int], edges: dict[int, list[int]]) -> set[int]:
-    """`start` and whatever can be reached from it."""
+def _reached(start: list[int], edges: dict[int, list[int]], within: Loop | None = None) -> set[int]:
+    """`start` and whatever can be reached from it, without leaving the addresses `within`."""
+    first, last = within or (min(edges), max(edges))
     found, open_ends = set(start), list(start)
     while open_ends:
         for address in edges[open_ends.pop()]:
-            if address not in found:
+            if address not in found and first <= address <= last:
                 found.add(address)
                 open_ends.append(address)
     return found
