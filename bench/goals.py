@@ -276,8 +276,8 @@ def prediction_note(filed: dict) -> str:
     """Where the predictions come from."""
     return (
         f"Predicted on {filed['date']} for an H200 by `bench/attention_estimate.py`, from the sm_90"
-        f" machine code of commit {filed['commit']}: nothing overlapped to everything overlapped,"
-        " the worst of the shapes."
+        f" machine code of commit {filed['commit']}: the worst of the shapes, by the serial and by"
+        " the overlapped time."
     )
 
 
@@ -285,7 +285,7 @@ def goal_lines(folder: Path) -> list[str]:
     """A Markdown table for each device that has kernel results in the folder."""
     lines = []
     filed = json.loads(PREDICTIONS.read_text())
-    predictions = Results(dict(enumerate(filed["predictions"])), [])
+    predictions = Results({str(n): row for n, row in enumerate(filed["predictions"])}, [])
     for path in sorted(folder.glob("kernels-*.json")):
         device = path.stem.removeprefix("kernels-")
         steps = folder / f"step-{device}.json"

@@ -119,6 +119,23 @@ def test_a_copy_that_may_fly_on_is_waited_for_an_iteration_later(flow):
     assert waits(flow, COPIES.format(flying="0x1")) == {0: 0.0, 1: (LATENCY - 8) / 2}
 
 
+def test_waits_lengthen_the_serial_time_alone(estimate, monkeypatch):
+    inside = estimate.count(COPIES.format(flying="0x0"), 4)[1]
+    assert inside.waiting == estimate.LOAD_LATENCY - 2
+    (launch,) = estimate.launches([64] * 3, 2, 32)["forward"]
+    outside = estimate.Cycles(exponential=900, issue=900)
+    program = estimate.Program(launch, (outside, inside), resident=2)
+    monkeypatch.setattr(estimate, "analyse", lambda launch: program)
+    times = estimate.estimate(launch, [64] * 3, 2)
+    # of a cycle of each of 6 programs
+    microseconds = 1e6 * 6 / (estimate.MULTIPROCESSORS * estimate.CLOCK)
+    assert times["waiting"] == pytest.approx(inside.waiting * microseconds)
+    assert times["issue"] == pytest.approx((900 + inside.issue) * microseconds)
+    busy = sum(times[name] for name in ("tensor", "exponential", "issue", "memory"))
+    assert times["serial"] == pytest.approx((busy + times["waiting"]) / 2)
+    assert times["overlapped"] == times["issue"]
+
+
 @pytest.mark.parametrize(
     ("width", "named", "cycles"),
     [
@@ -152,7 +169,7 @@ def test_what_is_not_followed_is_refused(flow):
             flow.working_code(CLEARING.replace("MUFU.EX2 R9, R9", line))
     with pytest.raises(ValueError, match="no matrix product"):
         flow.working_code(CLEARING.replace("HGMMA", "FFMA"))
-    with pytest.raises(ValueError, match="DEPBAR.LE SB0, N"):
+    with pytest.raises(ValueError, match=r"DEPBAR\.LE SB0, N"):
         waits(flow, COPIES.format(flying="0x0").replace("SB0,", "SB1,"))
 
 
