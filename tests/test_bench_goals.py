@@ -153,3 +153,20 @@ def test_times_are_scaled_by_the_copy_and_steps_take_our_fastest(goals, tmp_path
         "| 12 | step against released style and best stock, H/14 | 1.6x, 1.08x |  | no figure |  |"
         in lines
     )
+
+
+def test_the_report_takes_the_committed_results(goals, tmp_path, monkeypatch):
+    """Predictions lie among the results; every kernel table and step still has its section."""
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "precision_section", lambda stem, result, out: [f"({stem})"])
+    for path in (BENCH / "results").glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    rows = {"ours": {"us": 1.0, "gigabytes_per_second": 2.0, "share_of_copy": 0.5, "same": True,
+                     "ratio": 1.0, "error": 0.0}}  # fmt: skip
+    (tmp_path / "kernels-Some-GPU.json").write_text(json.dumps({"a table": {"providers": rows}}))
+    report.write_report(tmp_path, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## Kernels: kernels-Some-GPU" in text
+    assert "a table" in text
+    assert text.count("## Training step:") == len(list(tmp_path.glob("step-*.json")))
+    assert "predictions-sm90" not in text
