@@ -40,6 +40,20 @@ def _require_range(config, name: str, lowest: float, highest: float) -> None:
     )
 
 
+_LARGEST_RATE = 10.0  # Adam moves every weight by about the learning rate: more is a slip
+
+
+def _require_within(config, low: float, high: float, *names: str, why: str = "") -> None:
+    """Every named field (or every entry of it) must lie in [low, high]; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        _require(
+            all(entry is None or low <= entry <= high for entry in entries),
+            f"{name} must lie in [{low:g}, {high:g}]{why}, got {value}",
+        )
+
+
 # Encoder sizes by the field's usual names (G: paper appendix A.1); `ModelConfig(**VIT_SIZES["B"])`.
 VIT_SIZES: dict[str, dict] = {
     "T": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
@@ -79,8 +93,8 @@ class ModelConfig:
             1 % of a step's operations for wider gathers, and was not measured to be faster).
         residual: dtype of the residual stream in the bf16 modes of `train.precision`; LayerNorm
             statistics are float32 either way.
-        image_mean: subtracted from each channel of pixels in [0, 1].
-        image_std: divides each channel.
+        image_mean: subtracted from each channel of pixels in [0, 1]; in [0, 1] itself.
+        image_std: divides each channel; in [0.001, 1].
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -108,7 +122,11 @@ class ModelConfig:
 
     def __post_init__(self):
         _require_positive(self, "image_size", "channels", "patch_size", "depth", "mlp_ratio")
-        _require_positive(self, "predictor_depth", "patch_init_std", "image_std")
+        _require_positive(self, "predictor_depth", "patch_init_std")
+        pixels = ", of pixels in [0, 1]"
+        _require_within(self, 0.0, 1.0, "image_mean", why=pixels)
+        _require_within(self, 1e-3, 1.0, "image_std", why=pixels)
+        _require_within(self, 0.0, 10.0, "patch_init_std")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             _require(
                 size % patch == 0,
@@ -244,6 +262,7 @@ class OptimConfig:
             all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
         )
         _require_positive(self, "eps", "max_skipped_steps")
+        _require_within(self, 0.0, 1.0, "eps")
         if self.max_grad_norm is not None:
             _require_positive(self, "max_grad_norm")
 
@@ -293,12 +312,11 @@ class ScheduleConfig:
             f"give warmup_steps or warmup_epochs, not both: got {self.warmup_steps} steps and "
             f"{self.warmup_epochs} epochs",
         )
-        for name in ("warmup_steps", "start_lr", "peak_lr", "final_lr"):
-            value = getattr(self, name)
+        for name in ("warmup_steps", "warmup_epochs"):
+            value = getattr(self, name) or 0
             _require(0 <= value < math.inf, f"{name} must not be negative, got {value}")
-        for name in ("weight_decay", "final_weight_decay", "warmup_epochs"):
-            value = getattr(self, name) or 0.0
-            _require(0 <= value < math.inf, f"{name} must not be negative, got {value}")
+        _require_within(self, 0.0, _LARGEST_RATE, "start_lr", "peak_lr", "final_lr")
+        _require_within(self, 0.0, _LARGEST_RATE, "weight_decay", "final_weight_decay")
         for name in ("momentum", "final_momentum"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")

@@ -1,13 +1,15 @@
 """Recipes: TOML files to a `Recipe` and back, with overrides.
 
 A file's tables are the fields of `Recipe`. `base = "vitb16"` on top starts from another recipe
-and states only what differs. Unknown keys and bad values are refused with what is valid.
+and states only what differs; `base = "mine.toml"` is looked up beside the file that says so.
+Unknown keys and bad values are refused with what is valid.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tomllib
 import types
 import typing
@@ -128,8 +130,7 @@ def _tables() -> dict[str, type]:
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """Values of a recipe file laid over those of its base, and the file's name for messages."""
-    is_path = name_or_path.endswith(".toml") or "/" in name_or_path
-    if is_path:
+    if _is_path(name_or_path):
         source = Path(name_or_path)
         if not source.is_file():
             raise FileNotFoundError(
@@ -141,13 +142,22 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
     if name_or_path in seen:
         raise ValueError(f"recipe {name_or_path} is its own base: {' -> '.join(seen)}")
     try:
-        values = tomllib.loads(source.read_text(encoding="utf-8"))
+        # Editors on Windows put a byte order mark first, which TOML itself does not know.
+        values = tomllib.loads(source.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name_or_path} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
+            f"{error.start}): save it in that encoding"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{name_or_path} is not valid TOML: {error}") from None
     base = values.pop("base", None)
     if base is None:
         return values, name_or_path
-    inherited, _ = _read(str(base), (*seen, name_or_path))
+    base = str(base)
+    if _is_path(base):
+        base = os.path.normpath(Path(name_or_path).parent / base)
+    inherited, _ = _read(base, (*seen, name_or_path))
     inherited.pop("name", None)
     for table, entries in values.items():
         if isinstance(entries, dict):
@@ -159,6 +169,10 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
         else:
             inherited[table] = entries
     return inherited, name_or_path
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.endswith(".toml") or "/" in name_or_path
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
