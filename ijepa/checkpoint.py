@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ijepa.disk import not_written, require_space, sync, write_whole
 
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
@@ -74,44 +75,68 @@ def save_checkpoint(
     Args:
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.
         metadata: JSON values.
+
+    Raises:
+        NotWritten: no room, or writing failed; the checkpoints of before are as they were, and
+            nothing of this one is left to fill the disk.
     """
     root = run_folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
     aside = root / f".{final.name}.partial"
     for leftover in root.glob(".*.partial"):
-        shutil.rmtree(leftover)
-    aside.mkdir()
-
+        _remove(leftover)
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors)
-    save_file(_savable(weights), aside / WEIGHTS)
-    save_file(_savable(tensors), aside / STATE)
-    files = {name: _fingerprint(aside / name) for name in (WEIGHTS, STATE)}
+    require_space(final.name, root, _bytes_needed(weights) + _bytes_needed(tensors))
+    try:
+        aside.mkdir()
+        save_file(_savable(weights), aside / WEIGHTS)
+        save_file(_savable(tensors), aside / STATE)
+        _describe(aside, step, metadata, tree)
+        for name in (WEIGHTS, STATE):
+            sync(aside / name)
+        sync(aside)
+        if final.exists():  # a run resumed from an older checkpoint comes by again
+            final.rename(root / f".{final.name}.replaced.partial")
+        aside.rename(final)
+        sync(root)
+        write_whole(root / LATEST, final.name + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise not_written(final.name, root, error) from None
+    others = sorted(folder for folder in root.glob("step-*") if folder != final)
+    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+        _remove(old)
+    return final
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _bytes_needed(tensors: dict[str, Tensor]) -> int:
+    """Upper bound of what the tensors and their description take on a disk."""
+    content = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return content + 1000 * len(tensors) + (1 << 16)
+
+
+def _describe(folder: Path, step: int, metadata: dict[str, Any], tree: Any) -> None:
+    """Write the JSON file that makes the files in `folder` a checkpoint."""
     described = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "step": step,
-        "files": files,
+        "files": {name: _fingerprint(folder / name) for name in (WEIGHTS, STATE)},
         "versions": versions(),
         **metadata,
         "state": tree,
     }
     described["checksum"] = _checksum(described)
-    _write_synced(aside / METADATA, json.dumps(described, indent=1))
-    for name in (WEIGHTS, STATE):
-        _sync(aside / name)
-    _sync(aside)
-    if final.exists():  # a run resumed from an older checkpoint comes by again
-        final.rename(root / f".{final.name}.replaced.partial")
-    aside.rename(final)
-    _sync(root)
-    _write_synced(root / f".{LATEST}.partial-file", final.name + "\n")
-    (root / f".{LATEST}.partial-file").replace(root / LATEST)
-    _sync(root)
-    for old in [*sorted(root.glob("step-*"))[:-KEPT], *root.glob(".step-*.partial")]:
-        shutil.rmtree(old)
-    return final
+    write_whole(folder / METADATA, json.dumps(described, indent=1))
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -163,8 +188,17 @@ def find_checkpoint(path: Path) -> Path:
         return folder
     complete = sorted(root.glob("step-*"))
     if not complete:
-        raise CheckpointError(f"{root} holds no complete checkpoint")
+        raise CheckpointError(
+            f"{root} holds no complete checkpoint: the run ended before its first one. Start it "
+            f"again as before; with --train.output {root.parent} it takes the same folder"
+        )
     return complete[-1]
+
+
+def holds_checkpoint(run_folder: Path) -> bool:
+    """Whether a run can go on from `run_folder`."""
+    root = run_folder / "checkpoints"
+    return (root / LATEST).exists() or any(root.glob("step-*"))
 
 
 def versions() -> dict[str, str]:
@@ -209,20 +243,6 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous host copies that share no memory, which safetensors requires."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors.items()}  # fmt: skip
-
-
-def _write_synced(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

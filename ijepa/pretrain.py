@@ -12,7 +12,9 @@ from ijepa import distributed
 from ijepa.checkpoint import Checkpoint
 from ijepa.components import choose_device
 from ijepa.config import Recipe
-from ijepa.run import LateResult, Run, TooManySkips
+from ijepa.lost_ranks import STOPPED, RankLost
+from ijepa.run import LateResult, Run
+from ijepa.waiting import StoppableWait, StoppedWaiting
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ def pretrain(
     Raises:
         ValueError: settings, data or checkpoint that do not fit together.
         TooManySkips: training diverged; a checkpoint is kept.
+        RankLost: another rank is gone; the first rank has saved the last whole step.
+        OSError: the last checkpoint, the report or lines of the log could not be written.
     """
     device = distributed.start(choose_device(recipe.train.device))
     try:
@@ -42,9 +46,13 @@ def pretrain(
             finished = train(run)
             if finished:
                 run.conclude()
+            run.check_written()
         finally:
             run.close()
         return Outcome(run.folder, finished)
+    except Exception as error:
+        distributed.leave(f"{type(error).__name__}: {error}")
+        raise
     finally:
         distributed.stop()
 
@@ -55,31 +63,38 @@ def train(run: Run) -> bool:
     A step's figures are read while the next one runs, so the host never waits for the device.
     """
     train, monitor = run.recipe.train, run.recipe.monitor
-    done = run.first_step
     late: LateResult | None = None
     vote = distributed.LateVote(run.device)
 
-    with run.progress, StopSignals() as stop:
-        if done == 0 and monitor.every:
-            run.look(done)
-        for done, images, masks in run.batches():
-            result = run.trainer.step(images, masks)
-            try:
-                run.observe(late)
-            except TooManySkips:
-                run.save(done)
-                raise
-            late = LateResult(done, result)
+    with run.progress, StopSignals() as stop, StoppableWait(lambda: stop.requested) as wait:
+        try:
+            if run.first_step == 0 and monitor.every:
+                run.look(0)
+            for done, images, masks in wait.over(run.batches()):
+                result = run.trainer.step(images, masks)
+                earlier, late = late, LateResult(done, result)
+                run.observe(earlier)
 
-            if run.due(monitor.every, done):
-                run.look(done)
-            stopping = vote.any(stop.requested)
-            if stopping or run.due(train.checkpoint_every, done):
-                run.save(done)
-            if stopping and done < train.steps:
-                run.observe(late)
+                if run.due(monitor.every, done):
+                    run.look(done)
+                stopping = vote.any(stop.requested)
+                if stopping or run.due(train.checkpoint_every, done):
+                    run.observe(late)  # a checkpoint's steps are in the log
+                    late = None
+                    run.save(done)
+                if stopping and done < train.steps:
+                    return False
+            run.observe(late)
+        except StoppedWaiting:
+            distributed.leave(STOPPED)
+            run.observe(late)
+            run.save(run.trainer.step_index)
+            return False
+        except Exception as error:
+            run.rescue(late)
+            if isinstance(error, RankLost) and error.stopped:
                 return False
-        run.observe(late)
+            raise
     return True
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ijepa.checkpoint import versions
 from ijepa.config import Recipe
+from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
 from ijepa.metrics import read_metrics
 from ijepa.progress import format_seconds
@@ -33,6 +34,7 @@ class RunReport:
         seconds: time spent, over all parts of a resumed run.
         skipped_steps: updates left out because something was not finite.
         unreadable: damaged images met, as "path: reason".
+        left_out: FIFOs, sockets and devices among the images, as "path: kind"; never opened.
         chance: task -> accuracy of guessing the most frequent class; empty without labels.
         probes: rows of the closing table, empty without labels.
     """
@@ -43,6 +45,7 @@ class RunReport:
     seconds: float
     skipped_steps: int = 0
     unreadable: Sequence[str] = ()
+    left_out: Sequence[str] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
     probes: Sequence[ProbeRow] = ()
 
@@ -53,26 +56,30 @@ def write_report(report: RunReport, mask_examples: np.ndarray, console: Console 
     Args:
         mask_examples: (H, W, 3) uint8.
         console: None writes the files in silence.
+
+    Raises:
+        NotWritten: a file finds no room; the table is shown all the same.
     """
+    if console is not None and report.probes:  # first: the disk may be full
+        console.print(closing_rich_table(report))
     metrics = read_metrics(report.folder)
-    Image.fromarray(mask_examples).save(report.folder / "masks.png")
+    with written_aside(report.folder / "masks.png") as path:
+        Image.fromarray(mask_examples).save(path)
     plotted = importlib.util.find_spec("matplotlib") is not None
     if plotted:
         from ijepa.visualize.curves import plot_curves
 
-        plot_curves(
-            metrics,
-            report.folder / "curves.png",
-            title=report.folder.name,
-            mask_examples=mask_examples,
-            chance=next(iter(report.chance.values()), None),
-        )
-    text = summary_text(report, metrics, plotted)
-    (report.folder / "summary.md").write_text(text, encoding="utf-8")
+        with written_aside(report.folder / "curves.png") as path:
+            plot_curves(
+                metrics,
+                path,
+                title=report.folder.name,
+                mask_examples=mask_examples,
+                chance=next(iter(report.chance.values()), None),
+            )
+    write_whole(report.folder / "summary.md", summary_text(report, metrics, plotted))
     if console is None:
         return
-    if report.probes:
-        console.print(closing_rich_table(report))
     if not plotted:
         console.print(PLOTS_NOTE, highlight=False, markup=False)
     files = "summary.md, curves.png" if plotted else "summary.md, masks.png"
@@ -174,6 +181,9 @@ def _incidents(report: RunReport) -> list[str]:
     if report.unreadable:
         listing = "\n".join(f"- {name}" for name in report.unreadable)
         notes.append(f"Images that could not be read and were replaced:\n\n{listing}")
+    if report.left_out:
+        listing = "\n".join(f"- {name}" for name in report.left_out[:20])
+        notes.append(f"{len(report.left_out)} left out, being no files:\n\n{listing}")
     return ["## Incidents", *notes] if notes else []
 
 

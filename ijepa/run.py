@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from ijepa import components, distributed
 from ijepa.captured import copied_beside
-from ijepa.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from ijepa.checkpoint import Checkpoint, CheckpointError, holds_checkpoint, save_checkpoint
 from ijepa.config import Recipe
 from ijepa.data import build_loader
+from ijepa.disk import write_whole
 from ijepa.evaluate.closing import closing_table
 from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
@@ -27,6 +29,7 @@ from ijepa.plan import flops_per_image, known_gpu
 from ijepa.progress import RunProgress
 from ijepa.recipes import recipe_to_dict
 from ijepa.report import RunReport, write_report
+from ijepa.run_lock import RunLock
 from ijepa.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
 
@@ -79,6 +82,9 @@ class Run:
         console: Console | None,
     ):
         self.device, self.console = device, console
+        self.lock: RunLock | None = None
+        if checkpoint is not None:
+            self._lock(checkpoint.path.parent.parent)
         micro_batch = components.micro_batch_size(recipe)
         sampler = components.build_mask_sampler(
             recipe.masks, recipe.model.grid, micro_batch, device
@@ -101,6 +107,8 @@ class Run:
         )
         self._compilations_noted = 0
         self.first_step, self.seconds_before = 0, 0.0
+        self._saved_step: int | None = None
+        self.unwritten: OSError | None = None  # why the latest save, or the report, is missing
         if checkpoint is not None:
             self._restore(checkpoint)
         self.folder = self._open_folder(checkpoint)
@@ -120,6 +128,7 @@ class Run:
             pin_memory=device.type == "cuda",
         )
         self.metrics = self._open_metrics()
+        self._metrics_failing = False
         self.progress = RunProgress(
             console,
             recipe.train.steps,
@@ -127,6 +136,10 @@ class Run:
             recipe.train.batch_size,
             images_per_second_at_peak=images_per_second_at_peak(recipe, device),
         )
+        self._left_out: tuple[str, ...] = getattr(source, "left_out", ())
+        if self._left_out:
+            named = ", ".join(self._left_out[:5]) + (", ..." if len(self._left_out) > 5 else "")
+            self.progress.note(f"Left out, being no files: {len(self._left_out)} ({named})")
         self._panel_images: tuple[Tensor, Tensor | None] | None = None
 
     def batches(self) -> Iterator[tuple[int, list[Tensor], list[MaskBatch]]]:
@@ -194,20 +207,52 @@ class Run:
         self._write(done, **dataclasses.asdict(panel))
         self.progress.note(panel_line(done, panel))
 
-    def save(self, done: int) -> Path | None:
-        """A checkpoint after `done` steps, by the first rank."""
-        if not distributed.is_main():
-            return None
-        return save_checkpoint(
-            self.folder,
-            done,
-            weights=self.trainer.weights(),
-            state={"trainer": self.trainer.state_dict(), "random": random_states()},
-            metadata={
-                "config": recipe_to_dict(self.recipe),
-                "data": {**self.data_id, "next_step": done},
-                "seconds": self.seconds(),
-            },
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps, by the first rank, once the log is on the disk.
+
+        Where there is no room it says so and training goes on: the next save tries again.
+        """
+        if not distributed.is_main() or done == self._saved_step:
+            return
+        try:
+            self.metrics.sync()
+            save_checkpoint(
+                self.folder,
+                done,
+                weights=self.trainer.weights(),
+                state={"trainer": self.trainer.state_dict(), "random": random_states()},
+                metadata={
+                    "config": recipe_to_dict(self.recipe),
+                    "data": {**self.data_id, "next_step": done},
+                    "seconds": self.seconds(),
+                },
+            )
+        except OSError as error:
+            self.unwritten = error
+            self.progress.note(f"step {done}: NOT SAVED, the next save will try again: {error}")
+        else:
+            self.unwritten, self._saved_step = None, done
+
+    def rescue(self, late: LateResult | None) -> None:
+        """After a failure: log and save the last whole step. The failure goes on to its catcher."""
+        done = self.trainer.step_index
+        if self.trainer.updating or done == 0:
+            return
+        with contextlib.suppress(TooManySkips):
+            self.observe(late)
+        self.save(done)
+
+    def check_written(self) -> None:
+        """Raise OSError where the last checkpoint, the report or lines of the log are missing."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.unwritten = self.unwritten or self.metrics.failure
+        if self.unwritten is None:
+            return
+        good = "no step" if self._saved_step is None else f"step {self._saved_step}"
+        raise OSError(
+            f"{self.unwritten}. Saved is {good}; with room, continue by "
+            f"ijepa pretrain --resume {self.folder}"
         )
 
     def conclude(self) -> None:
@@ -230,19 +275,25 @@ class Run:
             seconds=seconds,
             skipped_steps=int(self.trainer.total_skips),
             unreadable=self.loader.unreadable.names,
+            left_out=self._left_out,
             chance=images.chance if images is not None else {},
             probes=probes,
         )
-        write_report(report, self._mask_examples(), self.console)
+        try:
+            write_report(report, self._mask_examples(), self.console)
+        except OSError as error:
+            self.unwritten = self.unwritten or error
 
     def seconds(self) -> float:
         """Time spent training, over all parts of a resumed run."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and let others train into the folder."""
         if self.metrics is not None:
             self.metrics.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimiser, counters and random states of a checkpoint."""
@@ -253,7 +304,7 @@ class Run:
             set_random_states(checkpoint.state["random"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
-        self.first_step = checkpoint.step
+        self.first_step = self._saved_step = checkpoint.step
         self.seconds_before = float(checkpoint.metadata.get("seconds", 0.0))
         if self.trainer.step_index != checkpoint.step:
             raise CheckpointError(
@@ -275,16 +326,25 @@ class Run:
                     f"{saved.get(name)!r} there and {value!r} here"
                 )
 
+    def _lock(self, folder: Path) -> None:
+        """Keep other processes out of the run's folder; refused on all ranks where one is in."""
+
+        def lock() -> None:
+            self.lock = RunLock(folder)
+
+        distributed.on_main(lock)
+
     def _open_folder(self, checkpoint: Checkpoint | None) -> Path:
         """The folder of the run, the same on all ranks."""
-        folder: object = None
         if checkpoint is not None:
-            folder = checkpoint.path.parent.parent
-        elif distributed.is_main():
-            folder = new_run_folder(self.recipe)
+            return checkpoint.path.parent.parent
+        folder = Path(distributed.on_main(lambda: str(new_run_folder(self.recipe))))
+        self._lock(folder)
+        if distributed.is_main():
+            check_unused(folder)  # again: somebody else's run may have ended since
             settings = json.dumps(recipe_to_dict(self.recipe), indent=1)
-            (folder / "recipe.json").write_text(settings, encoding="utf-8")
-        return Path(str(distributed.from_main(folder)))
+            write_whole(folder / "recipe.json", settings)
+        return folder
 
     def _open_metrics(self) -> MetricsWriter | None:
         if not distributed.is_main():
@@ -294,6 +354,10 @@ class Run:
     def _write(self, done: int, **values) -> None:
         if self.metrics is not None:
             self.metrics.write(done, values)
+            failure = self.metrics.failure or self.metrics.events_failure
+            if failure is not None and not self._metrics_failing:
+                self.progress.note(f"step {done}: {failure}")
+            self._metrics_failing = failure is not None
 
     def _fixed_images(self) -> tuple[Tensor, Tensor | None]:
         """The panel's images and the labels of the first task, read once."""
@@ -333,16 +397,14 @@ def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | N
 def new_run_folder(recipe: Recipe) -> Path:
     """Make train.output, or the first free runs/<name>-<number>.
 
+    A train.output whose run ended before its first checkpoint is taken again.
+
     Raises:
         ValueError: train.output holds a run already.
     """
     if recipe.train.output is not None:
         folder = Path(recipe.train.output)
-        if (folder / "checkpoints").exists():
-            raise ValueError(
-                f"{folder} holds a run already: continue it with `ijepa pretrain --resume {folder}`"
-                " or choose another train.output"
-            )
+        check_unused(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     number = 1
@@ -356,8 +418,19 @@ def new_run_folder(recipe: Recipe) -> Path:
             return folder
 
 
+def check_unused(folder: Path) -> None:
+    """Raise ValueError where a run could go on from the folder."""
+    if holds_checkpoint(folder):
+        raise ValueError(
+            f"{folder} holds a run already: continue it with `ijepa pretrain --resume {folder}`"
+            " or choose another train.output"
+        )
+
+
 def panel_line(done: int, panel: Panel) -> str:
     """The panel in one line."""
+    if panel.not_finite:
+        return f"step {done}: target features of {panel.not_finite} images are not finite"
     knn = "" if panel.knn is None else f"  kNN {100 * panel.knn:.1f} %"
     return (
         f"step {done}: effective rank {panel.effective_rank:.1f}  std {panel.feature_std:.3f}  "

@@ -57,6 +57,8 @@ class Trainer:
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.
+        updating: an update was begun and not ended, by an error in its middle: weights, moments and
+            averages may be of different steps.
         compilations: seconds that the first step of each layout of the masks took, with `compile`.
         total_skips, consecutive_skips: 0-d int64 tensors on the model's device. Each step makes
             new ones, so that a reference taken at a step keeps that step's value.
@@ -91,6 +93,7 @@ class Trainer:
         else:
             self.optimizer = make_optimizer(model, optim_config)
         self.step_index = 0
+        self.updating = False
         device = next(model.parameters()).device
         if cuda_graph and (device.type != "cuda" or world_size() > 1):
             raise ValueError(
@@ -138,6 +141,7 @@ class Trainer:
         for part in image_parts:
             self.model.prepare(part.shape[0])
         if self._replayed is not None and len(image_parts) == 1:
+            self.updating = True
             loss = self._replayed(image_parts[0], mask_parts[0])
         else:
             loss = self._update(image_parts, mask_parts)
@@ -149,6 +153,7 @@ class Trainer:
         self.step_index += 1
         self.total_skips = self.total_skips + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped
+        self.updating = False
         return StepResult(loss, grad_norm, skipped, self.consecutive_skips, *values)
 
     def _update(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
@@ -157,6 +162,7 @@ class Trainer:
         if len(images) > 1:
             self._sum_gradients_in_float32()
         loss = self._accumulate(images, masks)
+        self.updating = True
         self.optimizer.step(loss=loss)
         return loss
 

@@ -180,7 +180,7 @@ def test_a_byte_order_mark_is_read_and_latin_1_refused_by_name(tmp_path):
     (tmp_path / "marked.toml").write_text(text, encoding="utf-8-sig")
     assert load_recipe(str(tmp_path / "marked.toml")).model.depth == 2
     (tmp_path / "old.toml").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"old\.toml is not UTF-8 \(byte 0xf6 at position 4\): save"):
+    with pytest.raises(ValueError, match=r"old\.toml is not UTF-8 \(byte 0xf6 at position 4\)"):
         load_recipe(str(tmp_path / "old.toml"))
 
 

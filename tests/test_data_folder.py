@@ -192,7 +192,7 @@ def test_what_is_no_file_is_never_opened(photos, monkeypatch):
     )
     os.remove(photos / "flower.jpg")  # and one that takes a file's place later
     os.mkfifo(photos / "flower.jpg")
-    with pytest.raises(ImageError, match="^FIFO, not a file$"):
+    with pytest.raises(ImageError, match=r"^FIFO, not a file$"):
         source.open(7)
 
 

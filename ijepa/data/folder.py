@@ -32,8 +32,8 @@ def folder_source(
 
     If all images lie in two or more folders below `path`, each first-level folder is a class of
     the task "class". Otherwise there are no labels. Hidden files and folders are skipped, links
-    are followed. FIFOs, sockets and devices are never opened, whatever they are called: the source's
-    `left_out` names them.
+    are followed. FIFOs, sockets and devices are never opened, whatever they are called; `left_out`
+    of the source names them.
 
     Raises:
         ValueError: no such folder, or no image in it; the message says what to try.

@@ -28,6 +28,7 @@ from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data.augment import Transform
 from ijepa.data.batch import batch_labels, load_batch
 from ijepa.data.sources import ImageSource
+from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
 _PREFETCHED = 2  # batches a worker prepares ahead
@@ -147,17 +148,43 @@ class Loader:
         self.unreadable = UnreadableImages()
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        with _blocked(signal.SIGTERM):  # the workers inherit this, see _start_worker
-            batches = iter(self._data_loader())
-        for batch, unreadable in batches:
+        """The batches; workers that die are replaced once.
+
+        Raises:
+            WorkerDied: for the second time.
+        """
+        item, replaced = self._start_step * self._steps.accumulate, False
+        batches = self._start(item)
+        while True:
+            try:
+                made = next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._num_workers or not is_death_of_a_worker(error):
+                    raise
+                if replaced:
+                    raise WorkerDied(
+                        f"a data worker died for the second time ({error}): killed for want of "
+                        "memory, or by an image? Try fewer data.workers, or 0"
+                    ) from error
+                _logger.warning("%s: new workers make its batches again", error)
+                batches, replaced = self._start(item), True
+                continue
+            if made is None:
+                return
+            item += 1
+            batch, unreadable = made
             self.unreadable.add(self._steps.source, unreadable)
             yield batch
 
-    def _data_loader(self) -> torch.utils.data.DataLoader:
-        accumulate = self._steps.accumulate
-        steps: Iterable[int] = itertools.count(self._start_step * accumulate)
+    def _start(self, item: int) -> Iterator:
+        """Batches from this one on, with workers of their own."""
+        with _blocked(signal.SIGTERM), deaths_seen_while_waiting():  # see _start_worker
+            return iter(self._data_loader(item))
+
+    def _data_loader(self, first: int) -> torch.utils.data.DataLoader:
+        steps: Iterable[int] = itertools.count(first)
         if self._end_step is not None:
-            steps = range(self._start_step * accumulate, self._end_step * accumulate)
+            steps = range(first, self._end_step * self._steps.accumulate)
         workers = self._num_workers
         if workers:
             _allow_open_files(workers * (_PREFETCHED + 1) * _TENSORS_PER_BATCH)
