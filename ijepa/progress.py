@@ -99,7 +99,7 @@ class RunProgress:
     def note(self, text: str) -> None:
         """A line that stays, above the live display."""
         if self._console is not None:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def format_seconds(seconds: float) -> str:

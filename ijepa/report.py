@@ -107,6 +107,9 @@ def _probe_cells(report: RunReport) -> list[list[str]]:
         header += [f"{prefix}linear probe", f"{prefix}kNN"]
     cells = [header]
     for row in report.probes:
+        if not row.scores:
+            cells.append([row.features, *["not finite"] * (2 * len(tasks))])
+            continue
         scores = [row.scores[task] for task in tasks]
         values = [value for score in scores for value in (score.linear, score.knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])

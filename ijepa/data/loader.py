@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -146,6 +147,7 @@ class Loader:
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.steps_per_epoch = steps.steps_per_epoch
         self.unreadable = UnreadableImages()
+        self._workers: list[multiprocessing.process.BaseProcess] = []
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         """The batches; workers that die are replaced once.
@@ -169,6 +171,10 @@ class Loader:
                 _logger.warning("%s: new workers make its batches again", error)
                 batches, replaced = self._start(item), True
                 continue
+            except BaseException as error:
+                if not isinstance(error, Exception):  # a stop: they may hang in a dead file system,
+                    self._kill_workers()  # and the end of the process would wait for them
+                raise
             if made is None:
                 return
             item += 1
@@ -178,8 +184,15 @@ class Loader:
 
     def _start(self, item: int) -> Iterator:
         """Batches from this one on, with workers of their own."""
+        before = multiprocessing.active_children()
         with _blocked(signal.SIGTERM), deaths_seen_while_waiting():  # see _start_worker
-            return iter(self._data_loader(item))
+            batches = iter(self._data_loader(item))
+        self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        return batches
+
+    def _kill_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
 
     def _data_loader(self, first: int) -> torch.utils.data.DataLoader:
         steps: Iterable[int] = itertools.count(first)

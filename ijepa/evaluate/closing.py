@@ -46,7 +46,8 @@ class ProbeScores:
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One line of the table: what was probed, and the scores for each task."""
+    """One line of the table: what was probed, and the scores for each task; none where features
+    are not finite."""
 
     features: str
     scores: dict[str, ProbeScores]
@@ -72,7 +73,9 @@ def closing_table(trained: IJEPA, untrained: IJEPA, images: LabelledImages) -> l
 
 
 def _probe(name: str, train: Tensor, test: Tensor, images: LabelledImages) -> ProbeRow:
-    scores = {}
+    scores: dict[str, ProbeScores] = {}
+    if not (train.isfinite().all() and test.isfinite().all()):
+        return ProbeRow(name, scores)
     for task, train_labels in images.train_labels.items():
         labelled = (train, train_labels, test, images.test_labels[task])
         scores[task] = ProbeScores(linear_probe_accuracy(*labelled), knn_accuracy(*labelled))
