@@ -1,0 +1,172 @@
+"""SIGKILL at random moments of a run, from the start of its process to its closing table.
+
+    python tests/kill_runs.py --kills 200 --ranks 1 --seed 0
+
+A run is killed and started again until one of its processes lives to the end. Then weights and
+optimiser must be those of a run that nobody killed, bit for bit, and the log must have every step
+once. It checkpoints every step and takes anew, at each start, none, one or two data workers. Killed
+is the main process alone, one rank alone, or all of the run's processes together.
+
+`test_kill_runs.py` is a short form of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from small_runs import small_arguments
+
+from ijepa.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
+from ijepa.metrics import read_metrics
+
+STEPS = 40
+SETTINGS = {
+    "train__steps": STEPS,
+    "train__checkpoint_every": 1,
+    "monitor__every": 10,
+    "monitor__evaluate": True,
+}
+SECONDS = 300  # after which a process that should have ended hangs
+
+
+def kill_runs(kills: int, ranks: int, seed: int, folder: Path) -> Counter:
+    """Kill runs below `folder` until that many kills are done and the last run has ended.
+
+    Returns:
+        How many processes were killed before their first step, between steps and after the last
+        one, and how many runs came to their end.
+
+    Raises:
+        AssertionError: a run could not go on, or ended otherwise than an undisturbed one; its
+            folder is left.
+    """
+    moments = random.Random(seed)
+    started = time.monotonic()
+    end(start(folder / "undisturbed", ranks, workers=1))
+    seconds = time.monotonic() - started
+    expected = load_checkpoint(folder / "undisturbed")
+    counts: Counter = Counter()
+    while counts["killed"] < kills:
+        run = folder / f"run-{counts['runs']}"
+        while True:
+            process = start(run, ranks, workers=moments.randint(0, 2))
+            try:
+                process.wait(moments.uniform(0, seconds) if counts["killed"] < kills else SECONDS)
+            except subprocess.TimeoutExpired:
+                counts["killed"] += 1
+                counts[kill(process, run, ranks, moments)] += 1
+            else:
+                end(process)
+                break
+        check(run, expected)
+        shutil.rmtree(run)
+        counts["runs"] += 1
+    return counts
+
+
+def start(run: Path, ranks: int, workers: int) -> subprocess.Popen:
+    """A process that goes on with the run, or begins it where it has no checkpoint yet."""
+    if holds_checkpoint(run):
+        arguments = ["--resume", str(run), "--data.workers", str(workers)]
+    else:
+        arguments = small_arguments(run, **SETTINGS, data__workers=workers)
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend",
+                    "c10d", "--rdzv-endpoint", "localhost:0", "-m"]  # fmt: skip
+    return subprocess.Popen(
+        [*command, "ijepa.cli", "pretrain", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def end(process: subprocess.Popen) -> None:
+    """Wait for a process that nobody kills."""
+    output = process.communicate(timeout=SECONDS)[0]
+    assert process.returncode == 0, output
+
+
+def kill(process: subprocess.Popen, run: Path, ranks: int, moments: random.Random) -> str:
+    """Kill something of a run; says in which part of it that was."""
+    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    members = children(process.pid) if ranks > 1 else [process.pid]
+    victim = moments.choice([*members[:ranks], None])
+    if victim is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    output = process.communicate(timeout=SECONDS)[0] if ranks > 1 else ""
+    process.wait(SECONDS)  # of a single process, orphaned workers may hold the pipe a while longer
+    assert process.returncode != 0 or victim is not None, output
+    if not steps:
+        return "before the first step"
+    return "after the last step" if steps[-1] == STEPS else "between steps"
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by a process, in the order of their numbers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                if int(parent) == pid:
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def check(run: Path, expected: Checkpoint) -> None:
+    """Weights, optimiser, log, panel and report are those of an undisturbed run."""
+    found = load_checkpoint(run)
+    assert found.step == expected.step == STEPS, found.step
+    for name, tensor in expected.weights.items():
+        assert torch.equal(found.weights[name], tensor), f"{run}: {name} differs"
+    ours, theirs = (c.state["trainer"]["optimizer"]["state"] for c in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        for name, tensor in theirs[key].items():
+            assert torch.equal(ours[key][name], tensor), f"{run}: {name} of {key} differs"
+    lines = read_metrics(run)
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, STEPS + 1)), f"{run}: the log has steps {steps}"
+    panels = [line["step"] for line in lines if "cosine" in line]
+    assert panels == list(range(0, STEPS + 1, 10)), f"{run}: the log has panels {panels}"
+    assert (run / "summary.md").exists() and (run / "curves.png").exists()
+    assert not list(run.rglob("*partial*")), f"{run}: something half-written is left"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kill_runs_"))
+    print(f"runs are in {folder}", flush=True)
+    os.environ.setdefault("IJEPA_CACHE", str(folder / "cache"))
+    started = time.monotonic()
+    counts = kill_runs(options.kills, options.ranks, options.seed, folder)
+    print(f"{dict(counts)}, {options.ranks} ranks, seed {options.seed}, "
+          f"{time.monotonic() - started:.0f} s: every run ended as an undisturbed one")  # fmt: skip
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
