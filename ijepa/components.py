@@ -17,7 +17,7 @@ from ijepa.data import build_source, load_batch
 from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource
-from ijepa.evaluate.closing import LabelledImages
+from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted
 from ijepa.mask_sampler import MaskSampler, plan_capacities
 from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
 from ijepa.masks import MultiBlockSampler
@@ -118,14 +118,21 @@ def open_source(recipe: Recipe, progress: bool) -> ImageSource:
     return source
 
 
-def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> LabelledImages | None:
-    """Images for the closing probes; None where there are no labels."""
-    if not source.labels:
-        return None
+def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> LabelledImages:
+    """Images for the closing probes, of a source with labels.
+
+    Raises:
+        ProbesNotFitted: too few images.
+    """
     view = viewing_transform(recipe)
     held_out, fitted = recipe.data.num_held_out, recipe.monitor.probe_images
     if recipe.data.source == "folder":
         held_out = min(held_out, len(source) // 5)
+        if held_out == 0:
+            raise ProbesNotFitted(
+                f"a fifth of the labelled images is kept for testing, which takes at least 5, and "
+                f"there are {len(source)}"
+            )
         images, labels = load_subset(source, view, fitted + held_out)
         parts = images[held_out:], images[:held_out]
         train_labels = {task: values[held_out:] for task, values in labels.items()}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa.evaluate.guessing import commonest_class_accuracy
 from ijepa.evaluate.knn import knn_accuracy
 
 _EPS = 1e-7  # of RankMe
@@ -27,6 +28,8 @@ class Panel:
         lowest_std: that of the most constant dimension.
         cosine: mean cosine between the features of different images, 1 when all are alike.
         knn: accuracy of a nearest-neighbour classifier, None without labels.
+        knn_guessing: accuracy, on the images it classifies, of always guessing the commonest class
+            of those it looks for neighbours among; None without labels.
         not_finite: images with NaN or infinity among their features, None where there are none.
     """
 
@@ -35,6 +38,7 @@ class Panel:
     lowest_std: float | None = None
     cosine: float | None = None
     knn: float | None = None
+    knn_guessing: float | None = None
     not_finite: int | None = None
 
 
@@ -53,16 +57,18 @@ def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
     if not_finite:
         return Panel(not_finite=not_finite)
     std = features.std(dim=0)
-    accuracy = None
+    accuracy = guessing = None
     if labels is not None:
         half = features.shape[0] // 2
         accuracy = knn_accuracy(features[:half], labels[:half], features[half:], labels[half:])
+        guessing = commonest_class_accuracy(labels[:half], labels[half:])
     return Panel(
         effective_rank=effective_rank(features),
         feature_std=std.mean().item(),
         lowest_std=std.min().item(),
         cosine=mean_cosine(features),
         knn=accuracy,
+        knn_guessing=guessing,
     )
 
 

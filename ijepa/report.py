@@ -35,8 +35,9 @@ class RunReport:
         skipped_steps: updates left out because something was not finite.
         unreadable: damaged images met, as "path: reason".
         left_out: FIFOs, sockets and devices among the images, as "path: kind"; never opened.
-        chance: task -> accuracy of guessing the most frequent class; empty without labels.
+        chance: task -> accuracy of guessing the commonest fitted class; empty without probes.
         probes: rows of the closing table, empty without labels.
+        no_probes: why there are none though there are labels.
     """
 
     folder: Path
@@ -48,43 +49,63 @@ class RunReport:
     left_out: Sequence[str] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
     probes: Sequence[ProbeRow] = ()
+    no_probes: str | None = None
 
 
-def write_report(report: RunReport, mask_examples: np.ndarray, console: Console | None) -> None:
-    """Write the files into the run's folder and show the table.
+def write_report(report: RunReport, mask_examples: np.ndarray) -> None:
+    """Write pictures and summary into the run's folder.
 
     Args:
         mask_examples: (H, W, 3) uint8.
-        console: None writes the files in silence.
 
     Raises:
-        NotWritten: a file finds no room; the table is shown all the same.
+        NotWritten: a file finds no room.
     """
-    if console is not None and report.probes:  # first: the disk may be full
-        console.print(closing_rich_table(report))
-    metrics = read_metrics(report.folder)
     with written_aside(report.folder / "masks.png") as path:
         Image.fromarray(mask_examples).save(path)
-    plotted = importlib.util.find_spec("matplotlib") is not None
-    if plotted:
+    if _plots():
         from ijepa.visualize.curves import plot_curves
 
         with written_aside(report.folder / "curves.png") as path:
             plot_curves(
-                metrics,
+                read_metrics(report.folder),
                 path,
                 title=report.folder.name,
                 mask_examples=mask_examples,
-                chance=next(iter(report.chance.values()), None),
             )
-    write_whole(report.folder / "summary.md", summary_text(report, metrics, plotted))
-    if console is None:
-        return
-    if not plotted:
+    write_summary(report)
+
+
+def write_summary(report: RunReport) -> None:
+    """Write summary.md into the run's folder.
+
+    Raises:
+        NotWritten: there is no room; the old one, if any, is as it was.
+    """
+    text = summary_text(report, read_metrics(report.folder), _plots())
+    write_whole(report.folder / "summary.md", text)
+
+
+def show_probes(report: RunReport, console: Console) -> None:
+    """The closing table, or why there is none."""
+    if report.probes:
+        console.print(closing_rich_table(report))
+    if report.no_probes:
+        console.print(f"No probes: {report.no_probes}.", highlight=False, markup=False)
+
+
+def show_files(report: RunReport, console: Console) -> None:
+    """Where the report is."""
+    if not _plots():
         console.print(PLOTS_NOTE, highlight=False, markup=False)
-    files = "summary.md, curves.png" if plotted else "summary.md, masks.png"
+    files = "summary.md, curves.png" if _plots() else "summary.md, masks.png"
     text = f"Results: {report.folder} ({files}, metrics.jsonl, checkpoints)"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _plots() -> bool:
+    """Whether what draws the curves is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def closing_rich_table(report: RunReport) -> Table:
@@ -134,8 +155,11 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
             f"## Accuracy on held-out images ({', '.join(report.chance)})",
             _markdown_table(header, rows),
             "The linear probe is a logistic regression on standardised features; kNN votes among "
-            "20 neighbours by cosine.",
+            "20 neighbours by cosine. The commonest class is that of the images the probes are "
+            "fitted on.",
         ]
+    if report.no_probes:
+        parts += ["## Accuracy on held-out images", f"Not measured: {report.no_probes}."]
     parts += _panel_section(metrics)
     if plotted:
         parts += ["## Curves", "![curves](curves.png)"]
@@ -165,6 +189,7 @@ def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
             ("lowest_std", "std over images, lowest dimension"),
             ("cosine", "mean cosine between images"),
             ("knn", "online kNN accuracy"),
+            ("knn_guessing", "accuracy of guessing on the same images"),
         )
         if name in first and name in last
     ]

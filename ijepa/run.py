@@ -19,7 +19,7 @@ from ijepa.checkpoint import Checkpoint, CheckpointError, holds_checkpoint, save
 from ijepa.config import Recipe
 from ijepa.data import build_loader
 from ijepa.disk import write_whole
-from ijepa.evaluate.closing import closing_table
+from ijepa.evaluate.closing import ProbesNotFitted, closing_table
 from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
 from ijepa.mask_sampler import plan_capacities
@@ -28,7 +28,7 @@ from ijepa.monitor import Panel, collapse_panel
 from ijepa.plan import flops_per_image, known_gpu
 from ijepa.progress import RunProgress
 from ijepa.recipes import recipe_to_dict
-from ijepa.report import RunReport, write_report
+from ijepa.report import RunReport, show_files, show_probes, write_report, write_summary
 from ijepa.run_lock import RunLock
 from ijepa.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
@@ -140,6 +140,8 @@ class Run:
         if self._left_out:
             named = ", ".join(self._left_out[:5]) + (", ..." if len(self._left_out) > 5 else "")
             self.progress.note(f"Left out, being no files: {len(self._left_out)} ({named})")
+        if recipe.monitor.every and len(source) < 2:
+            self.progress.note("No collapse panel: it compares images, and there is one alone")
         self._panel_images: tuple[Tensor, Tensor | None] | None = None
 
     def batches(self) -> Iterator[tuple[int, list[Tensor], list[MaskBatch]]]:
@@ -202,6 +204,8 @@ class Run:
         if not distributed.is_main():
             return
         images, labels = self._fixed_images()
+        if images.shape[0] < 2:
+            return  # nothing to compare; said at the start
         features = encoder_features(self.model.target_encoder, images).last
         panel = collapse_panel(features, labels)
         self._write(done, **dataclasses.asdict(panel))
@@ -256,31 +260,48 @@ class Run:
         )
 
     def conclude(self) -> None:
-        """Closing probes, summary and pictures, by the first rank."""
+        """Pictures and summary, then the closing probes, by the first rank.
+
+        In this order: whatever becomes of the probes, what the run did is written down.
+        """
         if not distributed.is_main():
             return
-        recipe, seconds = self.recipe, self.seconds()
-        images = None
-        if recipe.monitor.evaluate:
-            images = components.labelled_images(recipe, self.source, self.console is not None)
-        probes = []
-        if images is not None:
-            self.progress.note("Fitting probes on the target encoder and the baselines ...")
-            untrained = components.build_model(recipe).to(self.device)
-            probes = closing_table(self.model, untrained, images)
         report = RunReport(
             folder=self.folder,
-            recipe=recipe,
+            recipe=self.recipe,
             images=len(self.source),
-            seconds=seconds,
+            seconds=self.seconds(),
             skipped_steps=int(self.trainer.total_skips),
             unreadable=self.loader.unreadable.names,
             left_out=self._left_out,
-            chance=images.chance if images is not None else {},
-            probes=probes,
         )
+        with self._noting_what_is_unwritten():
+            write_report(report, self._mask_examples())
+        if self.recipe.monitor.evaluate and self.source.labels:
+            report = self._probed(report)
+            with self._noting_what_is_unwritten():
+                write_summary(report)
+        if self.console is not None:
+            show_probes(report, self.console)
+            if self.unwritten is None:
+                show_files(report, self.console)
+
+    def _probed(self, report: RunReport) -> RunReport:
+        """The report with the closing probes, or with why there are none."""
         try:
-            write_report(report, self._mask_examples(), self.console)
+            images = components.labelled_images(self.recipe, self.source, self.console is not None)
+        except ProbesNotFitted as error:
+            return dataclasses.replace(report, no_probes=str(error))
+        self.progress.note("Fitting probes on the target encoder and the baselines ...")
+        untrained = components.build_model(self.recipe).to(self.device)
+        probes = closing_table(self.model, untrained, images)
+        return dataclasses.replace(report, chance=images.chance, probes=probes)
+
+    @contextlib.contextmanager
+    def _noting_what_is_unwritten(self) -> Iterator[None]:
+        """What of the report finds no room is told at the end, by `check_written`."""
+        try:
+            yield
         except OSError as error:
             self.unwritten = self.unwritten or error
 
@@ -431,7 +452,9 @@ def panel_line(done: int, panel: Panel) -> str:
     """The panel in one line."""
     if panel.not_finite:
         return f"step {done}: target features of {panel.not_finite} images are not finite"
-    knn = "" if panel.knn is None else f"  kNN {100 * panel.knn:.1f} %"
+    knn = ""
+    if panel.knn is not None and panel.knn_guessing is not None:
+        knn = f"  kNN {100 * panel.knn:.1f} % (guessing {100 * panel.knn_guessing:.1f} %)"
     return (
         f"step {done}: effective rank {panel.effective_rank:.1f}  std {panel.feature_std:.3f}  "
         f"cosine {panel.cosine:.3f}{knn}"

@@ -44,6 +44,14 @@ def test_a_collapse_shows_in_every_figure():
     assert good.cosine < 0.5 < 0.999 < bad.cosine
     assert good.feature_std > 0.1 > 1e-4 > bad.feature_std >= bad.lowest_std
     assert good.knn == 1.0 and bad.knn < 0.7
+    assert good.knn_guessing == bad.knn_guessing == 0.25
+
+
+def test_guessing_beside_the_knn_takes_the_commonest_of_its_neighbours():
+    labels = torch.tensor([2, 2, 0, 1, 0, 1])  # fitted on the first three, asked about the others
+    assert collapse_panel(torch.randn(6, 4), labels).knn_guessing == 0.0
+    other = torch.tensor([0, 1, 1, 1, 0, 2])
+    assert collapse_panel(torch.randn(6, 4), other).knn_guessing == pytest.approx(1 / 3)
 
 
 def test_std_is_taken_over_images_dimension_by_dimension():
