@@ -31,11 +31,11 @@ from small_runs import small_arguments
 from ijepa.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
 from ijepa.metrics import read_metrics
 
-STEPS = 40
+STEPS = 100
 SETTINGS = {
     "train__steps": STEPS,
     "train__checkpoint_every": 1,
-    "monitor__every": 10,
+    "monitor__every": 25,
     "monitor__evaluate": True,
 }
 SECONDS = 300  # after which a process that should have ended hangs
@@ -107,11 +107,9 @@ def kill(process: subprocess.Popen, run: Path, ranks: int, moments: random.Rando
     steps = [line["step"] for line in read_metrics(run) if "loss" in line]
     members = children(process.pid) if ranks > 1 else [process.pid]
     victim = moments.choice([*members[:ranks], None])
-    if victim is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
+    for pid in [victim] if victim else [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     output = process.communicate(timeout=SECONDS)[0] if ranks > 1 else ""
     process.wait(SECONDS)  # of a single process, orphaned workers may hold the pipe a while longer
     assert process.returncode != 0 or victim is not None, output
@@ -132,6 +130,11 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def descendants(pid: int) -> list[int]:
+    """Children and theirs; torchrun gives each rank a session of its own."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
 def check(run: Path, expected: Checkpoint) -> None:
     """Weights, optimiser, log, panel and report are those of an undisturbed run."""
     found = load_checkpoint(run)
@@ -147,7 +150,7 @@ def check(run: Path, expected: Checkpoint) -> None:
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, STEPS + 1)), f"{run}: the log has steps {steps}"
     panels = [line["step"] for line in lines if "cosine" in line]
-    assert panels == list(range(0, STEPS + 1, 10)), f"{run}: the log has panels {panels}"
+    assert panels == list(range(0, STEPS + 1, 25)), f"{run}: the log has panels {panels}"
     assert (run / "summary.md").exists() and (run / "curves.png").exists()
     assert not list(run.rglob("*partial*")), f"{run}: something half-written is left"
 
