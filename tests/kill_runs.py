@@ -73,6 +73,7 @@ def kill_runs(kills: int, ranks: int, seed: int, folder: Path) -> Counter:
         check(run, expected)
         shutil.rmtree(run)
         counts["runs"] += 1
+        print(f"{dict(counts)}: the last run ended as an undisturbed one", flush=True)
     return counts
 
 
