@@ -40,6 +40,7 @@ def _require_range(config, name: str, lowest: float, highest: float) -> None:
     )
 
 
+MAX_HEAD_DIM = 128  # of masked_vit_kernels, which is not imported to refuse a setting
 _LARGEST_RATE = 10.0  # Adam moves every weight by about the learning rate: more is a slip
 
 
@@ -75,7 +76,7 @@ class ModelConfig:
         patch_size: (height, width) of a patch in pixels.
         width: features of a token in the encoders, a multiple of 4 (positions) and of `heads`.
         depth: blocks of the encoders.
-        heads: attention heads of the encoders.
+        heads: attention heads of the encoders, each of a multiple of 8 features up to 128.
         mlp_ratio: width of the hidden layer of a block's MLP over its width.
         predictor_width: features of a token in the predictor.
         predictor_depth: blocks of the predictor.
@@ -140,6 +141,11 @@ class ModelConfig:
             _require(
                 width % heads == 0,
                 f"{width_name} {width} must be a multiple of {heads_name} {heads}",
+            )
+            _require(
+                width // heads % 8 == 0 and width // heads <= MAX_HEAD_DIM,
+                f"{width_name} {width} over {heads_name} {heads} must be a multiple of 8 up to "
+                f"{MAX_HEAD_DIM}, got {width // heads}",
             )
         for name in ("image_mean", "image_std"):
             entries = len(getattr(self, name))

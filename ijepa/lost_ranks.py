@@ -16,6 +16,7 @@ from torch.distributed import Store
 
 _SECONDS_TO_SHOW = 3.0  # a killed process closes its connections before it is gone
 STOPPED = "stopped"
+_REMEDY = "start torchrun again, with `pretrain --resume` and the run's folder"
 
 
 class RankLost(RuntimeError):
@@ -64,10 +65,10 @@ class RankRegister:
             return RankLost("another rank was stopped", stopped=True)
         gone += [f"rank {rank} ({reason})" for rank, reason in left.items()]
         if gone:
-            return RankLost(f"lost {', '.join(gone)}, and the other ranks cannot go on without")
+            return RankLost(f"lost {', '.join(gone)}: {_REMEDY}")
         return RankLost(
             f"the connection to another rank broke, all ranks on {self._host} are there: look at "
-            f"the other machines and the network between ({error})"
+            f"the other machines and the network between ({error}); then {_REMEDY}"
         )
 
     def _absent(self) -> tuple[dict[int, str], list[str]]:

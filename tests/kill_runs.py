@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a run, from the start of its process to its closing table.
 
-    python tests/kill_runs.py --kills 200 --ranks 1 --seed 0
+    python tests/kill_runs.py --kills 200 --ranks 2 --seed 0
 
 A run is killed and started again until one of its processes lives to the end. Then weights and
 optimiser must be those of a run that nobody killed, bit for bit, and the log must have every step
@@ -31,18 +31,15 @@ from small_runs import small_arguments
 from ijepa.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
 from ijepa.metrics import read_metrics
 
-STEPS = 40
-SETTINGS = {
-    "train__steps": STEPS,
-    "train__checkpoint_every": 1,
-    "monitor__every": 10,
-    "monitor__evaluate": True,
-}
+SETTINGS = {"train__checkpoint_every": 1, "monitor__every": 5, "monitor__evaluate": True}
 SECONDS = 300  # after which a process that should have ended hangs
 
 
-def kill_runs(kills: int, ranks: int, seed: int, folder: Path) -> Counter:
-    """Kill runs below `folder` until that many kills are done and the last run has ended.
+def kill_runs(kills: int, ranks: int, seed: int, steps: int, folder: Path) -> Counter:
+    """Kill runs of so many steps until that many kills are done and the last run has ended.
+
+    Args:
+        folder: where they lie, and one that nobody killed.
 
     Returns:
         How many processes were killed before their first step, between steps and after the last
@@ -54,34 +51,37 @@ def kill_runs(kills: int, ranks: int, seed: int, folder: Path) -> Counter:
     """
     moments = random.Random(seed)
     started = time.monotonic()
-    end(start(folder / "undisturbed", ranks, workers=1))
+    end(start(folder / "undisturbed", ranks, steps, workers=1))
     seconds = time.monotonic() - started
     expected = load_checkpoint(folder / "undisturbed")
     counts: Counter = Counter()
     while counts["killed"] < kills:
         run = folder / f"run-{counts['runs']}"
         while True:
-            process = start(run, ranks, workers=moments.randint(0, 2))
+            process = start(run, ranks, steps, workers=moments.randint(0, 2))
             try:
                 process.wait(moments.uniform(0, seconds) if counts["killed"] < kills else SECONDS)
             except subprocess.TimeoutExpired:
                 counts["killed"] += 1
-                counts[kill(process, run, ranks, moments)] += 1
+                counts[kill(process, run, ranks, steps, moments)] += 1
             else:
                 end(process)
                 break
-        check(run, expected)
+        check(run, expected, steps)
         shutil.rmtree(run)
         counts["runs"] += 1
+        print(f"{dict(counts)}: the last run ended as an undisturbed one", flush=True)
     return counts
 
 
-def start(run: Path, ranks: int, workers: int) -> subprocess.Popen:
+def start(run: Path, ranks: int, steps: int, workers: int) -> subprocess.Popen:
     """A process that goes on with the run, or begins it where it has no checkpoint yet."""
     if holds_checkpoint(run):
         arguments = ["--resume", str(run), "--data.workers", str(workers)]
     else:
-        arguments = small_arguments(run, **SETTINGS, data__workers=workers)
+        arguments = small_arguments(
+            run, train__steps=steps, data__workers=workers, **SETTINGS
+        )
     command = [sys.executable, "-m"]
     if ranks > 1:
         command += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend",
@@ -102,22 +102,22 @@ def end(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def kill(process: subprocess.Popen, run: Path, ranks: int, moments: random.Random) -> str:
+def kill(
+    process: subprocess.Popen, run: Path, ranks: int, steps: int, moments: random.Random
+) -> str:
     """Kill something of a run; says in which part of it that was."""
-    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    logged = [line["step"] for line in read_metrics(run) if "loss" in line]
     members = children(process.pid) if ranks > 1 else [process.pid]
     victim = moments.choice([*members[:ranks], None])
-    if victim is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
+    for pid in [victim] if victim else [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     output = process.communicate(timeout=SECONDS)[0] if ranks > 1 else ""
     process.wait(SECONDS)  # of a single process, orphaned workers may hold the pipe a while longer
     assert process.returncode != 0 or victim is not None, output
-    if not steps:
+    if not logged:
         return "before the first step"
-    return "after the last step" if steps[-1] == STEPS else "between steps"
+    return "after the last step" if logged[-1] == steps else "between steps"
 
 
 def children(pid: int) -> list[int]:
@@ -132,10 +132,15 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def check(run: Path, expected: Checkpoint) -> None:
+def descendants(pid: int) -> list[int]:
+    """Children and theirs; torchrun gives each rank a session of its own."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
+def check(run: Path, expected: Checkpoint, steps: int) -> None:
     """Weights, optimiser, log, panel and report are those of an undisturbed run."""
     found = load_checkpoint(run)
-    assert found.step == expected.step == STEPS, found.step
+    assert found.step == expected.step == steps, found.step
     for name, tensor in expected.weights.items():
         assert torch.equal(found.weights[name], tensor), f"{run}: {name} differs"
     ours, theirs = (c.state["trainer"]["optimizer"]["state"] for c in (found, expected))
@@ -144,10 +149,10 @@ def check(run: Path, expected: Checkpoint) -> None:
         for name, tensor in theirs[key].items():
             assert torch.equal(ours[key][name], tensor), f"{run}: {name} of {key} differs"
     lines = read_metrics(run)
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, STEPS + 1)), f"{run}: the log has steps {steps}"
+    logged = [line["step"] for line in lines if "loss" in line]
+    assert logged == list(range(1, steps + 1)), f"{run}: the log has steps {logged}"
     panels = [line["step"] for line in lines if "cosine" in line]
-    assert panels == list(range(0, STEPS + 1, 10)), f"{run}: the log has panels {panels}"
+    assert panels == list(range(0, steps + 1, 5)), f"{run}: the log has panels {panels}"
     assert (run / "summary.md").exists() and (run / "curves.png").exists()
     assert not list(run.rglob("*partial*")), f"{run}: something half-written is left"
 
@@ -157,12 +162,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=100, help="of a run, a multiple of 5")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_runs_"))
     print(f"runs are in {folder}", flush=True)
     os.environ.setdefault("IJEPA_CACHE", str(folder / "cache"))
     started = time.monotonic()
-    counts = kill_runs(options.kills, options.ranks, options.seed, folder)
+    counts = kill_runs(options.kills, options.ranks, options.seed, options.steps, folder)
     print(f"{dict(counts)}, {options.ranks} ranks, seed {options.seed}, "
           f"{time.monotonic() - started:.0f} s: every run ended as an undisturbed one")  # fmt: skip
     shutil.rmtree(folder)

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from ijepa.config import (
+    MAX_HEAD_DIM,
     DataConfig,
     MaskConfig,
     ModelConfig,
@@ -158,6 +159,16 @@ def test_numbers_beyond_sense_are_refused_by_name(config, name, value):
     entries = (0.5, value, 0.5) if name.startswith("image_") else value
     with pytest.raises(ValueError, match=rf"{name} must .*{re.escape(str(value))}"):
         config(**{name: entries})
+
+
+def test_heads_are_those_that_the_attention_takes():
+    from masked_vit_kernels import attention_common
+
+    assert MAX_HEAD_DIM == attention_common.MAX_HEAD_DIM
+    for values, got in (({"width": 48, "heads": 4}, 12), ({"width": 272, "heads": 2}, 136),
+                        ({"predictor_width": 40, "predictor_heads": 2}, 20)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"must be a multiple of 8 up to 128, got {got}"):
+            ModelConfig(**values)
 
 
 def test_a_base_that_is_a_file_lies_beside_the_one_that_names_it(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Pictures of a run: masks on images, and curves."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +63,9 @@ def test_curves_are_drawn_whatever_is_there(batch, metrics, tmp_path):
 
     sheet = draw_mask_examples(*batch)
     plot_curves(metrics, tmp_path / "curves.png", title="run", mask_examples=sheet)
-    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    opened = Image.open(tmp_path / "curves.png")
+    assert opened.info["Title"] == "run"
+    picture = np.asarray(opened.convert("RGB"))
     assert picture.shape[1] > 1000
     blue = np.abs(picture.astype(int) - [0x2E, 0x86, 0xC1]).sum(axis=2) < 12  # the loss's line
     assert bool(blue[: len(picture) // 3].any()) == bool(metrics)
@@ -81,6 +84,11 @@ def test_the_line_of_guessing_is_the_panels_own(monkeypatch, tmp_path):
     assert drawn == [pytest.approx(10.0)]
     plot_curves(lines()[:59], tmp_path / "curves.png", title="run")
     assert len(drawn) == 1
+
+
+def test_the_readme_shows_the_picture_of_a_run_as_the_demo_names_it():
+    picture = Image.open(Path(__file__).parent.parent / "docs" / "demo.png")
+    assert picture.info["Title"] == "shapes-tiny-001"
 
 
 def test_the_running_mean_is_that_of_the_last_values():

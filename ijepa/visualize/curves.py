@@ -26,6 +26,7 @@ def plot_curves(
 
     Args:
         metrics: lines of metrics.jsonl.
+        title: above the curves, and in the file's metadata.
         mask_examples: (H, W, 3) uint8 from `draw_mask_examples`.
 
     Raises:
@@ -58,7 +59,7 @@ def plot_curves(
         _draw_knn(axes[5], metrics)
         if mask_examples is not None:
             _draw_masks(figure.add_subplot(grid[2, :]), mask_examples)
-        figure.savefig(path, dpi=110, facecolor="white")
+        figure.savefig(path, dpi=110, facecolor="white", metadata={"Title": title})
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
