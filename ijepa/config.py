@@ -378,6 +378,10 @@ class TrainConfig:
             f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
         )
         _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {self.seed}")
+        _require(
+            self.output is None or self.output.strip() != "",
+            "output must name a folder; leave it out for runs/<recipe>-<number>",
+        )
 
 
 @dataclass(frozen=True)
@@ -419,6 +423,16 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self):
+        _require(
+            0 < len(self.name) <= 100
+            and self.name.isprintable()
+            and not set(self.name) & set("/\\")
+            and self.name.strip(". ") != "",
+            "name must be one that a folder can have, without / or \\, of at most 100 characters, "
+            f"got {self.name!r}",
+        )
 
     def in_steps(self, num_images: int) -> Recipe:
         """The same recipe with every length in optimiser steps, for a data set of this size.

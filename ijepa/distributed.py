@@ -31,7 +31,7 @@ def start(device: torch.device) -> torch.device:
 
     Without RANK and WORLD_SIZE in the environment nothing happens.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not _launched_with_others():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -46,6 +46,15 @@ def start(device: torch.device) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=ranks)
     return device
+
+
+def _launched_with_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def launched_rank() -> int:
+    """This process's number as it was started, also where there is no process group (any more)."""
+    return int(os.environ["RANK"]) if _launched_with_others() else 0
 
 
 def stop() -> None:

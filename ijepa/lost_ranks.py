@@ -24,11 +24,12 @@ class RankLost(RuntimeError):
 
     Attributes:
         stopped: it left because it was asked to.
+        ranks: the ranks that are gone.
     """
 
-    def __init__(self, message: str, stopped: bool = False):
+    def __init__(self, message: str, stopped: bool = False, ranks: frozenset[int] = frozenset()):
         super().__init__(message)
-        self.stopped = stopped
+        self.stopped, self.ranks = stopped, ranks
 
 
 class RankRegister:
@@ -60,30 +61,31 @@ class RankRegister:
         try:
             left, gone = self._absent()
         except RuntimeError:
-            left, gone = {}, ["the rank that keeps the store"]
+            left, gone = {}, {0: "the rank that keeps the store"}
         if left and all(reason == STOPPED for reason in left.values()) and not gone:
             return RankLost("another rank was stopped", stopped=True)
-        gone += [f"rank {rank} ({reason})" for rank, reason in left.items()]
+        gone |= {rank: f"rank {rank} ({reason})" for rank, reason in left.items()}
         if gone:
-            return RankLost(f"lost {', '.join(gone)}: {_REMEDY}")
+            return RankLost(f"lost {', '.join(gone.values())}: {_REMEDY}", ranks=frozenset(gone))
         return RankLost(
             f"the connection to another rank broke, all ranks on {self._host} are there: look at "
             f"the other machines and the network between ({error}); then {_REMEDY}"
         )
 
-    def _absent(self) -> tuple[dict[int, str], list[str]]:
-        """Ranks that signed out with their reasons, and processes that ended without."""
+    def _absent(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Ranks that signed out with their reasons, and what there is to say of processes that
+        ended without."""
         deadline = time.monotonic() + _SECONDS_TO_SHOW
         while True:
             left: dict[int, str] = {}
-            gone: list[str] = []
+            gone: dict[int, str] = {}
             for rank in set(range(self._world_size)) - {self._rank}:
                 if self._store.check([f"ijepa/left/{rank}"]):
                     left[rank] = self._store.get(f"ijepa/left/{rank}").decode()
                     continue
                 host, _, pid = self._store.get(f"ijepa/rank/{rank}").decode().rpartition(" ")
                 if host == self._host and not _runs(int(pid)):
-                    gone.append(f"rank {rank} (process {pid} on {host}, killed or crashed)")
+                    gone[rank] = f"rank {rank} (process {pid} on {host}, killed or crashed)"
             if left or gone or time.monotonic() > deadline:
                 return left, gone
             time.sleep(0.05)

@@ -13,6 +13,7 @@ from ijepa.checkpoint import Checkpoint
 from ijepa.components import choose_device
 from ijepa.config import Recipe
 from ijepa.lost_ranks import STOPPED, RankLost
+from ijepa.resume import how_to_continue
 from ijepa.run import LateResult, Run
 from ijepa.waiting import StoppableWait, StoppedWaiting
 
@@ -35,9 +36,12 @@ def pretrain(
 
     Raises:
         ValueError: settings, data or checkpoint that do not fit together.
-        TooManySkips: training diverged; a checkpoint is kept.
+        Diverged: too many steps without an update, or weights that are not finite; the checkpoints
+            of before are kept.
         RankLost: another rank is gone; the first rank has saved the last whole step.
         OSError: the last checkpoint, the report or lines of the log could not be written.
+
+    Whatever is raised once the run has begun carries a note that says how to go on, on one rank.
     """
     device = distributed.start(choose_device(recipe.train.device))
     try:
@@ -47,6 +51,10 @@ def pretrain(
             if finished:
                 run.conclude()
             run.check_written()
+        except BaseException as error:
+            if _speaks_of(error):
+                error.add_note(how_to_continue(run.folder, getattr(error, "good_before", None)))
+            raise
         finally:
             run.close()
         return Outcome(run.folder, finished)
@@ -55,6 +63,13 @@ def pretrain(
         raise
     finally:
         distributed.stop()
+
+
+def _speaks_of(error: BaseException) -> bool:
+    """Whether this rank says how to go on after a failure: the first one that is left."""
+    lost = error.ranks if isinstance(error, RankLost) else frozenset()
+    left = set(range(distributed.world_size())) - lost
+    return distributed.rank() == min(left, default=0)
 
 
 def train(run: Run) -> bool:
@@ -78,7 +93,7 @@ def train(run: Run) -> bool:
                 if run.due(monitor.every, done):
                     run.look(done)
                 stopping = vote.any(stop.requested)
-                if stopping or run.due(train.checkpoint_every, done):
+                if stopping or run.save_due(done):
                     run.observe(late)  # a checkpoint's steps are in the log
                     late = None
                     run.save(done)

@@ -95,7 +95,18 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str = "recipe") -> Recip
             arguments[table] = config(**typed)
         except ValueError as error:
             raise ValueError(f"{origin}: [{table}] {error}") from None
-    return Recipe(**arguments)
+    try:
+        return Recipe(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with values by dotted name in place of its own."""
+    values = recipe_to_dict(recipe)
+    for key, value in settings.items():
+        _put(values, key, value)
+    return recipe_from_dict(values)
 
 
 def check_setting(key: str) -> None:

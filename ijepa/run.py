@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,17 @@ from torch import Tensor
 
 from ijepa import components, distributed
 from ijepa.captured import copied_beside
-from ijepa.checkpoint import Checkpoint, CheckpointError, holds_checkpoint, save_checkpoint
+from ijepa.checkpoint import (
+    METADATA,
+    Checkpoint,
+    CheckpointError,
+    holds_checkpoint,
+    save_checkpoint,
+)
 from ijepa.config import Recipe
 from ijepa.data import build_loader
 from ijepa.disk import write_whole
+from ijepa.divergence import TooManySkips, WeightsNotFinite, check_finite
 from ijepa.evaluate.closing import ProbesNotFitted, closing_table
 from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
@@ -29,15 +37,12 @@ from ijepa.plan import flops_per_image, known_gpu
 from ijepa.progress import RunProgress
 from ijepa.recipes import recipe_to_dict
 from ijepa.report import RunReport, show_files, show_probes, write_report, write_summary
+from ijepa.resume import resume_command, run_folder_of
 from ijepa.run_lock import RunLock
 from ijepa.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
 
 _EXAMPLES = 8  # images that the masks are drawn on
-
-
-class TooManySkips(RuntimeError):
-    """Loss or gradients were not finite for too many steps in a row."""
 
 
 class LateResult:
@@ -84,7 +89,7 @@ class Run:
         self.device, self.console = device, console
         self.lock: RunLock | None = None
         if checkpoint is not None:
-            self._lock(checkpoint.path.parent.parent)
+            self._lock(run_folder_of(checkpoint.path))
         micro_batch = components.micro_batch_size(recipe)
         sampler = components.build_mask_sampler(
             recipe.masks, recipe.model.grid, micro_batch, device
@@ -108,6 +113,7 @@ class Run:
         self._compilations_noted = 0
         self.first_step, self.seconds_before = 0, 0.0
         self._saved_step: int | None = None
+        self._save_put_off = False
         self.unwritten: OSError | None = None  # why the latest save, or the report, is missing
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -189,10 +195,12 @@ class Run:
                 skipped=int(skipped),
             )
         if in_a_row > self.recipe.optim.max_skipped_steps:
+            first = done - in_a_row + 1
             raise TooManySkips(
                 f"loss or gradients were not finite for {in_a_row} steps in a row, from step "
-                f"{done - in_a_row + 1} on. The weights of before are kept. Try a lower "
-                "schedule.peak_lr, optim.max_grad_norm, or train.precision fp32"
+                f"{first} on. Nothing was saved since. Start again with a lower "
+                "schedule.peak_lr, optim.max_grad_norm, or train.precision fp32",
+                good_before=first - 1,  # the weights after that step are what this began with
             )
 
     def due(self, every: int, done: int) -> bool:
@@ -211,19 +219,38 @@ class Run:
         self._write(done, **dataclasses.asdict(panel))
         self.progress.note(panel_line(done, panel))
 
+    def save_due(self, done: int) -> bool:
+        """Whether it is time for a checkpoint.
+
+        While updates are skipped it is put off until one is made again: checkpoints of weights that
+        train no further would soon have pushed out the last good ones.
+        """
+        if not (self._save_put_off or self.due(self.recipe.train.checkpoint_every, done)):
+            return False
+        skipping = bool(self.trainer.consecutive_skips) and done < self.recipe.train.steps
+        if skipping and not self._save_put_off:
+            self.progress.note(f"step {done}: not saved before there are updates again")
+        self._save_put_off = skipping
+        return not skipping
+
     def save(self, done: int) -> None:
         """A checkpoint after `done` steps, by the first rank, once the log is on the disk.
 
         Where there is no room it says so and training goes on: the next save tries again.
+
+        Raises:
+            WeightsNotFinite: nothing was written.
         """
         if not distributed.is_main() or done == self._saved_step:
             return
+        weights = self.trainer.weights()
+        check_finite(weights, done)
         try:
             self.metrics.sync()
             save_checkpoint(
                 self.folder,
                 done,
-                weights=self.trainer.weights(),
+                weights=weights,
                 state={"trainer": self.trainer.state_dict(), "random": random_states()},
                 metadata={
                     "config": recipe_to_dict(self.recipe),
@@ -242,9 +269,10 @@ class Run:
         done = self.trainer.step_index
         if self.trainer.updating or done == 0:
             return
-        with contextlib.suppress(TooManySkips):
+        with contextlib.suppress(TooManySkips, WeightsNotFinite):  # the failure may be one of them
             self.observe(late)
-        self.save(done)
+            if not self.trainer.consecutive_skips:
+                self.save(done)
 
     def check_written(self) -> None:
         """Raise OSError where the last checkpoint, the report or lines of the log are missing."""
@@ -253,11 +281,7 @@ class Run:
             self.unwritten = self.unwritten or self.metrics.failure
         if self.unwritten is None:
             return
-        good = "no step" if self._saved_step is None else f"step {self._saved_step}"
-        raise OSError(
-            f"{self.unwritten}. Saved is {good}; with room, continue by "
-            f"ijepa pretrain --resume {self.folder}"
-        )
+        raise self.unwritten
 
     def conclude(self) -> None:
         """Pictures and summary, then the closing probes, by the first rank.
@@ -326,6 +350,8 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
         self.first_step = self._saved_step = checkpoint.step
+        if distributed.is_main():
+            os.utime(checkpoint.path / METADATA)  # the newest of the run, whatever its step
         self.seconds_before = float(checkpoint.metadata.get("seconds", 0.0))
         if self.trainer.step_index != checkpoint.step:
             raise CheckpointError(
@@ -358,7 +384,7 @@ class Run:
     def _open_folder(self, checkpoint: Checkpoint | None) -> Path:
         """The folder of the run, the same on all ranks."""
         if checkpoint is not None:
-            return checkpoint.path.parent.parent
+            return run_folder_of(checkpoint.path)
         folder = Path(distributed.on_main(lambda: str(new_run_folder(self.recipe))))
         self._lock(folder)
         if distributed.is_main():
@@ -443,7 +469,7 @@ def check_unused(folder: Path) -> None:
     """Raise ValueError where a run could go on from the folder."""
     if holds_checkpoint(folder):
         raise ValueError(
-            f"{folder} holds a run already: continue it with `ijepa pretrain --resume {folder}`"
+            f"{folder} holds a run already: continue it with `{resume_command(folder)}`"
             " or choose another train.output"
         )
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, and refused by name."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -78,6 +79,31 @@ def test_a_run_that_goes_on_from_an_older_one_keeps_what_it_writes(tmp_path):
     assert load_checkpoint(tmp_path).step == 6
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["latest", "step-00000006", "step-00000012"]
+
+
+def test_what_a_resumed_run_began_with_outlives_what_it_has_left_behind(tmp_path):
+    """The newest was damaged, the one before is gone on from and then dropped last."""
+    for step in (4, 8):
+        write(tmp_path, step)
+    folders = tmp_path / "checkpoints"
+    (folders / "step-00000008" / "checkpoint.json").write_text("damaged")
+    later = (folders / "step-00000008" / "checkpoint.json").stat().st_mtime_ns + 1
+    os.utime(folders / "step-00000004" / "checkpoint.json", ns=(later, later))  # by resuming
+    write(tmp_path, 6)
+    assert sorted(path.name for path in folders.glob("step*")) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../other/checkpoints/step-00000005", "{other}/step-00000005", "..", "", "step-5/.."],
+)
+def test_latest_leads_nowhere_else(tmp_path, name):
+    write(tmp_path / "run")
+    write(tmp_path / "other")
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.write_text(name.format(other=tmp_path / "other" / "checkpoints"))
+    with pytest.raises(CheckpointError, match="must name a checkpoint beside it, as step-00000500"):
+        load_checkpoint(tmp_path / "run")
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -245,3 +245,18 @@ def test_lengths_that_cannot_be_told_are_refused():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_recipe("shapes-tiny").train.steps = 3
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/tmp/evil", "a\\b", "", ".", "..", "a\nb", "x" * 101]
+)
+def test_a_name_stays_inside_the_folder_of_runs(name):
+    with pytest.raises(ValueError, match="name must be one that a folder can have"):
+        load_recipe("shapes-tiny", {"name": name})
+    assert load_recipe("shapes-tiny", {"name": "Größe 1.5 (b)"}).name == "Größe 1.5 (b)"
+
+
+@pytest.mark.parametrize("output", ["", " "])
+def test_an_output_without_a_name_is_refused(output):
+    with pytest.raises(ValueError, match="output must name a folder"):
+        TrainConfig(output=output)

@@ -1,13 +1,30 @@
 """How runs end: with their report, with the last good checkpoint named, and never in silence."""
 
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import masked_vit_kernels
 import pytest
 import torch
 from PIL import Image
-from small_runs import small_arguments
+from small_runs import small_arguments, small_recipe
 
-from ijepa import cli
+import ijepa
+from ijepa import cli, schedules
 from ijepa.checkpoint import load_checkpoint
 from ijepa.metrics import read_metrics
+from ijepa.pretrain import pretrain
+from ijepa.resume import resume_command
+from ijepa.run import Run
+from ijepa.trainer import Trainer
+
+# Absolute, for processes in other folders.
+IMPORTS = os.pathsep.join(str(Path(m.__file__).parents[1]) for m in (ijepa, masked_vit_kernels))
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +32,10 @@ def _elsewhere(tmp_path_factory, tmp_path, monkeypatch):
     """A cache of rendered images that all of these runs share, and a working folder of its own."""
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order
+    yield
+    torch.set_num_threads(threads)
 
 
 def photographs(folder, count, classes=2):
@@ -65,3 +86,192 @@ def test_probes_that_break_leave_the_report(tmp_path, capsys, monkeypatch):
     assert "out of memory" in capsys.readouterr().err
     assert "| learning rate |" in (tmp_path / "run" / "summary.md").read_text()
     assert (tmp_path / "run" / "curves.png").exists()
+
+
+# A checkpoint that is damaged, or leads elsewhere.
+
+
+def damage(run, step):
+    file = run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of 12 steps with checkpoints of steps 8 and 12."""
+    pretrain(small_recipe("run"))
+    return tmp_path / "run"
+
+
+def test_beside_a_damaged_checkpoint_the_intact_one_is_named(run, capsys):
+    # copies: what is loaded is mapped from the file that is about to be damaged
+    whole = {name: tensor.clone() for name, tensor in load_checkpoint(run).weights.items()}
+    damage(run, 12)
+    for path in ("run", "run/checkpoints", "run/checkpoints/step-00000012"):
+        assert cli.main(["pretrain", "--resume", path]) == 1
+        message = capsys.readouterr().err
+        assert "weights.safetensors is damaged" in message
+        assert "The checkpoint of step 8 beside it is intact" in message
+        command = message.splitlines()[-1].split()
+        assert command == ["ijepa", "pretrain", "--resume", "run/checkpoints/step-00000008"]
+    assert cli.main(command[1:]) == 0
+    again = load_checkpoint(run)
+    assert again.step == 12
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in whole.items())
+
+
+def test_where_no_checkpoint_is_intact_none_is_named(run, capsys):
+    damage(run, 8)
+    damage(run, 12)
+    assert cli.main(["pretrain", "--resume", "run"]) == 1
+    message = capsys.readouterr().err
+    assert "is damaged" in message and "--resume" not in message
+
+
+def test_a_resumed_run_writes_into_no_other_folder(run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints" / "step-00000008", tmp_path / "best" / "copied")
+    assert cli.main(["pretrain", "--resume", "best/copied"]) == 1
+    assert "does not lie in a run's folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["copied"]
+    os.chdir(run / "checkpoints")  # a name without folders stands for what it is
+    assert cli.main(["pretrain", "--resume", "step-00000008"]) == 0
+    assert load_checkpoint(run).step == 12
+
+
+def test_names_and_outputs_stay_where_runs_are(tmp_path, capsys):
+    (tmp_path / "evil.toml").write_text('base = "shapes-tiny"\nname = "../../evil"\n')
+    assert cli.main(["pretrain", "evil.toml"]) == 1
+    assert "evil.toml: name must be one that a folder can have" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--train.output", ""])
+    assert "output must name a folder" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.toml"]
+
+
+# Training that diverges.
+
+
+def blow_up(monkeypatch, step, factor):
+    """Multiply the learning rate of one step."""
+    schedule = schedules.schedule_at
+
+    def blown(config, index):
+        values = schedule(config, index)
+        return values._replace(lr=values.lr * factor) if index == step - 1 else values
+
+    monkeypatch.setattr("ijepa.trainer.schedule_at", blown)
+
+
+def test_weights_that_overflow_are_not_saved(tmp_path, monkeypatch, capsys):
+    """Once, 52 tensors of the target encoder were infinite in the checkpoint that was kept."""
+    blow_up(monkeypatch, step=6, factor=1e42)
+    assert cli.main(["pretrain", *small_arguments("run", optim__max_skipped_steps=30)]) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"after step \d+ \d+ of \d+ tensors are not finite, \w+_encoder\.", message)
+    assert "Last good: step 4, continue with\n  ijepa pretrain --resume run" in message
+    good = load_checkpoint("run")
+    assert good.step == 4
+    assert all(tensor.isfinite().all() for tensor in good.weights.values())
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_run_that_skips_keeps_the_checkpoints_of_before(tmp_path, monkeypatch, capsys):
+    """Huge weights, but finite: every further loss is not, and each save was of those weights."""
+    blow_up(monkeypatch, step=6, factor=1e38)
+    arguments = small_arguments("run", train__checkpoint_every=1, optim__max_skipped_steps=4)
+    assert cli.main(["pretrain", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert "5 steps in a row, from step 7 on. Nothing was saved since" in captured.err
+    # step 6 is whole and finite, and what the failure began with
+    assert "Last good: step 5, continue with" in captured.err
+    assert captured.err.endswith("ijepa pretrain --resume run/checkpoints/step-00000005\n")
+    assert "step 7: not saved before there are updates again" in captured.out
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000005", "step-00000006"]
+
+
+def test_a_save_that_is_put_off_is_made_up_for(tmp_path, monkeypatch):
+    """Step 4 and 5 are skipped; the checkpoint of step 4 comes after step 6."""
+    accumulate, saved, save = Trainer._accumulate, [], Run.save
+
+    def skip(self, images, masks):
+        loss = accumulate(self, images, masks)
+        return loss * torch.nan if self.step_index in (3, 4) else loss
+
+    monkeypatch.setattr(Trainer, "_accumulate", skip)
+    monkeypatch.setattr(Run, "save", lambda self, done: (saved.append(done), save(self, done)))
+    pretrain(small_recipe("run"))
+    assert saved == [6, 8, 12]
+
+
+def test_a_run_that_diverges_at_once_has_nothing_to_go_on_from(monkeypatch, capsys):
+    blow_up(monkeypatch, step=1, factor=1e42)
+    assert cli.main(["pretrain", *small_arguments("run")]) == 1
+    message = capsys.readouterr().err
+    assert "No checkpoint was written: there is nothing to continue from." in message
+
+
+# The command that goes on.
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ({}, "ijepa pretrain --resume 'my runs/a'"),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nproc-per-node 8 -m ijepa.cli pretrain --resume 'my runs/a'",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"},
+            "torchrun --nnodes 2 --nproc-per-node 4 -m ijepa.cli pretrain --resume 'my runs/a'",
+        ),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_began(monkeypatch, environment, command):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resume_command(Path("my runs/a")) == command
+
+
+def test_two_ranks_say_once_how_to_go_on(tmp_path):
+    """Stopped by a signal, and failing for want of finite numbers."""
+    script = tmp_path / "fault.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import torch\n"
+        "from ijepa import cli\n"
+        "from ijepa.trainer import Trainer\n"
+        "step = Trainer.step\n"
+        "def stop(self, images, masks):\n"
+        "    if self.step_index == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(self, images, masks)\n"
+        "accumulate = Trainer._accumulate\n"
+        "def diverge(self, images, masks):\n"
+        "    return accumulate(self, images, masks) * (torch.nan if self.step_index > 5 else 1)\n"
+        "if sys.argv[1] == 'stop':\n"
+        "    Trainer.step = stop\n"
+        "else:\n"
+        "    Trainer._accumulate = diverge\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
+    for fault, code, expected in (
+        ("stop", 0, "Stopped and saved. Continue with:"),
+        ("diverge", 1, "Last good: step 4, continue with"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+             "--master-port", str(random.randint(20_000, 60_000)),
+             str(script), fault, "pretrain",
+             *small_arguments(fault, optim__max_skipped_steps=2)],
+            capture_output=True, text=True, timeout=300,
+            env=os.environ | {"PYTHONPATH": IMPORTS},
+        )  # fmt: skip
+        shown = done.stdout + done.stderr
+        assert done.returncode == code, shown
+        command = f"torchrun --nproc-per-node 2 -m ijepa.cli pretrain --resume {fault}"
+        assert shown.count(f"{expected}\n  {command}") == 1, shown
+        assert shown.count("--resume") == 1, shown

@@ -5,6 +5,7 @@ the fault and a resume must be the bits of a run that nothing happened to.
 """
 
 import contextlib
+import dataclasses
 import os
 import random
 import re
@@ -20,10 +21,10 @@ from PIL import Image
 from small_runs import small_arguments, small_recipe
 
 from ijepa import cli
+from ijepa import run as run_module
 from ijepa.checkpoint import load_checkpoint
 from ijepa.metrics import read_metrics
 from ijepa.pretrain import Outcome, pretrain
-from ijepa.run import Run
 
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
 SECONDS = 120  # for a process that takes five
@@ -262,7 +263,7 @@ def test_a_disk_full_at_the_end_is_told_by_the_exit_code(
     assert done.returncode == 1, done.stdout
     assert re.search(
         r"ijepa: error: step-00000012 needs [\d.]+ kB in run/checkpoints, which has 0 bytes free: "
-        r"make room for [\d.]+ kB\. Saved is step 4; with room, continue by "
+        r"make room for [\d.]+ kB\nLast good: step 4, continue with\n  "
         r"ijepa pretrain --resume run", done.stdout
     ), done.stdout  # fmt: skip
     assert "Traceback" not in done.stdout
@@ -331,14 +332,12 @@ def test_numbers_beyond_sense_end_the_program_first(arguments, expected, capsys,
 
 
 def test_a_run_whose_features_are_not_finite_ends_with_its_files(tmp_path, monkeypatch, capsys):
-    look = Run.look
+    features = run_module.encoder_features
 
-    def look_at_nan(self, done):
-        with torch.no_grad():
-            next(self.model.target_encoder.parameters()).fill_(torch.nan)
-        look(self, done)
+    def not_finite(*arguments):
+        return dataclasses.replace(found := features(*arguments), last=found.last * torch.nan)
 
-    monkeypatch.setattr(Run, "look", look_at_nan)
+    monkeypatch.setattr(run_module, "encoder_features", not_finite)
     settings = {"train__steps": 2, "monitor__every": 1, "monitor__evaluate": True}
     assert cli.main(["pretrain", *small_arguments(tmp_path / "run", **settings)]) == 0
     assert "step 1: target features of 16 images are not finite" in capsys.readouterr().out
