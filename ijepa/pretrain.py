@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from ijepa.config import Recipe
 from ijepa.lost_ranks import STOPPED, RankLost
 from ijepa.resume import how_to_continue
 from ijepa.run import LateResult, Run
-from ijepa.waiting import StoppableWait, StoppedWaiting
+from ijepa.stop_signals import StopSignals
+from ijepa.trainer import StepGivenUp
+from ijepa.waiting import PATIENCE, StoppableWait, StoppedWaiting
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,24 @@ def train(run: Run) -> bool:
     late: LateResult | None = None
     vote = distributed.LateVote(run.device)
 
-    with run.progress, StopSignals() as stop, StoppableWait(lambda: stop.requested) as wait:
+    with (
+        run.progress,
+        StopSignals(run.saved, speaks=distributed.is_main()) as stop,
+        StoppableWait(lambda: stop.requested) as wait,
+    ):
+        run.trainer.give_up = lambda: stop.waited(PATIENCE)
         try:
             if run.first_step == 0 and monitor.every:
-                run.look(0)
+                with wait.stoppable():
+                    run.look(0)
             for done, images, masks in wait.over(run.batches()):
                 result = run.trainer.step(images, masks)
                 earlier, late = late, LateResult(done, result)
                 run.observe(earlier)
 
                 if run.due(monitor.every, done):
-                    run.look(done)
+                    with wait.stoppable():
+                        run.look(done)
                 stopping = vote.any(stop.requested)
                 if stopping or run.save_due(done):
                     run.observe(late)  # a checkpoint's steps are in the log
@@ -100,7 +108,7 @@ def train(run: Run) -> bool:
                 if stopping and done < train.steps:
                     return False
             run.observe(late)
-        except StoppedWaiting:
+        except (StoppedWaiting, StepGivenUp):
             distributed.leave(STOPPED)
             run.observe(late)
             run.save(run.trainer.step_index)
@@ -111,28 +119,3 @@ def train(run: Run) -> bool:
                 return False
             raise
     return True
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C interrupts at once.
-
-    Use as a context manager; the previous handlers are put back at its end.
-    """
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> StopSignals:
-        self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -264,6 +264,10 @@ class Run:
         else:
             self.unwritten, self._saved_step = None, done
 
+    def saved(self) -> str | None:
+        """What there is to go on from, as "step 500"; None before the first checkpoint."""
+        return None if self._saved_step is None else f"step {self._saved_step}"
+
     def rescue(self, late: LateResult | None) -> None:
         """After a failure: log and save the last whole step. The failure goes on to its catcher."""
         done = self.trainer.step_index

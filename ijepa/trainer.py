@@ -6,7 +6,7 @@ The step never waits for the device: what it returns are 0-d tensors, to be read
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,10 @@ class StepResult:
     momentum: float
 
 
+class StepGivenUp(Exception):
+    """A step was left between two of its micro-batches; nothing was updated."""
+
+
 class Trainer:
     """Trains a model step by step, on every rank alike where there are several.
 
@@ -57,6 +61,7 @@ class Trainer:
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.
+        give_up: asked between micro-batches; where it says yes the step raises StepGivenUp.
         updating: an update was begun and not ended, by an error in its middle: weights, moments and
             averages may be of different steps.
         compilations: seconds that the first step of each layout of the masks took, with `compile`.
@@ -94,6 +99,7 @@ class Trainer:
             self.optimizer = make_optimizer(model, optim_config)
         self.step_index = 0
         self.updating = False
+        self.give_up: Callable[[], bool] = lambda: False
         device = next(model.parameters()).device
         if cuda_graph and (device.type != "cuda" or world_size() > 1):
             raise ValueError(
@@ -177,7 +183,9 @@ class Trainer:
         counts = torch.stack([self.model.count_elements(part) for part in masks])
         denominator = sum_over_ranks(counts.sum()).clamp(min=1)
         total = torch.zeros((), device=denominator.device)
-        for part, part_masks in zip(images, masks, strict=True):
+        for number, (part, part_masks) in enumerate(zip(images, masks, strict=True)):
+            if number and self.give_up():
+                raise StepGivenUp
             with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = self._loss(part, part_masks, denominator)
             loss.backward()

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+PATIENCE = 3.0  # seconds that what is being done may still take once a stop is asked for
 _SIGNAL = signal.SIGURG  # without a handler it does nothing, and nobody else uses it
 _END = object()
 
@@ -32,7 +33,7 @@ class StoppableWait:
             on, and ranks then stop after the same step.
     """
 
-    def __init__(self, stop_asked: Callable[[], bool], patience: float = 3.0):
+    def __init__(self, stop_asked: Callable[[], bool], patience: float = PATIENCE):
         self._stop_asked, self._patience = stop_asked, patience
         self._waiting_since: float | None = None
         self._over = threading.Event()
@@ -54,14 +55,15 @@ class StoppableWait:
         """The items; raises StoppedWaiting where the next one does not come."""
         iterator = iter(items)
         while True:
-            with self._waiting():
+            with self.stoppable():
                 item = next(iterator, _END)
             if item is _END:
                 return
             yield item
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def stoppable(self) -> Iterator[None]:
+        """Around what may be broken off anywhere; StoppedWaiting is then raised in it."""
         self._waiting_since = time.monotonic()
         try:
             yield

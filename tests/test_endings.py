@@ -1,11 +1,14 @@
 """How runs end: with their report, with the last good checkpoint named, and never in silence."""
 
 import os
+import pty
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import masked_vit_kernels
@@ -18,9 +21,11 @@ import ijepa
 from ijepa import cli, schedules
 from ijepa.checkpoint import load_checkpoint
 from ijepa.metrics import read_metrics
+from ijepa.model import IJEPA
 from ijepa.pretrain import pretrain
 from ijepa.resume import resume_command
 from ijepa.run import Run
+from ijepa.stop_signals import StopSignals
 from ijepa.trainer import Trainer
 
 # Absolute, for processes in other folders.
@@ -275,3 +280,97 @@ def test_two_ranks_say_once_how_to_go_on(tmp_path):
         command = f"torchrun --nproc-per-node 2 -m ijepa.cli pretrain --resume {fault}"
         assert shown.count(f"{expected}\n  {command}") == 1, shown
         assert shown.count("--resume") == 1, shown
+
+
+# Signals.
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    """The terminal is a real one: it hangs up, and whatever is written to it afterwards fails."""
+    arguments = small_arguments("run", train__steps=100_000, train__checkpoint_every=100_000,
+                                schedule__warmup_steps=0, data__workers=1)  # fmt: skip
+    command = [sys.executable, "-m", "ijepa.cli", "pretrain", *arguments]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, command, os.environ | {"PYTHONPATH": IMPORTS})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(read_metrics(tmp_path / "run")) < 3:
+        os.read(terminal, 10_000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    step = load_checkpoint(tmp_path / "run").step
+    assert step >= 3
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 1))
+
+
+def test_a_run_under_nohup_stays_deaf_to_hangups(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(lambda: None) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("at", "lost", "left"), [(3, "everything: nothing is saved yet", None),
+                                                  (7, "all since step 4", 4)])  # fmt: skip
+def test_a_second_ctrl_c_says_what_it_loses(tmp_path, monkeypatch, capfd, at, lost, left):
+    step = Trainer.step
+
+    def interrupted(self, images, masks):
+        if self.step_index == at:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, images, masks)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    assert cli.main(["pretrain", *small_arguments("run")]) == 130
+    shown = capfd.readouterr().err
+    assert "Ctrl-C: stopping at the end of this step or micro-batch, then saving." in shown
+    assert f"Ctrl-C again stops at once and loses {lost}.\ninterrupted\n" in shown
+    if left is None:
+        assert shown.endswith("No checkpoint was written: there is nothing to continue from.\n")
+    else:
+        assert f"Last good: step {left}, continue with\n  ijepa pretrain --resume run" in shown
+
+
+def test_a_slow_step_is_given_up_between_its_micro_batches(tmp_path, monkeypatch, capfd):
+    """SIGTERM in the second of three micro-batches of step 6; what is saved is step 5."""
+    pretrain(small_recipe("whole", train__accumulate=3))
+    forward, calls = IJEPA.forward, []
+
+    def slow(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5 * 3 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IJEPA, "forward", slow)
+        patched.setattr("ijepa.pretrain.PATIENCE", 0.0)
+        assert cli.main(["pretrain", *small_arguments("run", train__accumulate=3)]) == 0
+    shown = capfd.readouterr()
+    assert "SIGTERM: stopping at the end of this step or micro-batch, then saving.\n" in shown.err
+    assert "Stopped and saved. Continue with:\n  ijepa pretrain --resume run" in shown.out
+    assert len(calls) == 5 * 3 + 2 and load_checkpoint("run").step == 5
+    assert cli.main(["pretrain", "--resume", "run"]) == 0
+    whole = load_checkpoint("whole").weights
+    for name, tensor in load_checkpoint("run").weights.items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_slow_panel_is_broken_off(tmp_path, monkeypatch):
+    def slow(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ijepa.run.encoder_features", slow)
+        started = time.monotonic()
+        assert not pretrain(small_recipe("run", monitor__every=5)).finished
+    assert time.monotonic() - started < 30
+    assert load_checkpoint("run").step == 0
+    assert cli.main(["pretrain", "--resume", "run"]) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "cosine" in line] == [0, 5, 10, 12]

@@ -255,14 +255,16 @@ class _StepDataset(torch.utils.data.Dataset):
 def _start_worker(worker: int) -> None:
     """One thread a worker, and no say in how the run ends: the main process sees to that.
 
-    Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of one would
-    break the main process while it saves. But a worker must obey the SIGTERM of its own parent,
+    Ctrl-C, a closed terminal and a scheduler's SIGTERM reach the whole process group. A worker that
+    died of one would break the main process while it saves. But a worker must obey the SIGTERM of
+    its own parent,
     which is how multiprocessing ends the workers of an iterator nobody finished; ignoring that
     one would leave the parent waiting for ever. So SIGTERM is blocked from before the fork on, in
     every thread that libraries may start, and one thread looks at who sent it.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM ends the worker
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
     else:
