@@ -9,11 +9,12 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from ijepa import __version__
 from ijepa.config import Recipe
 from ijepa.recipes import (
     check_known,
     check_setting,
-    cleared_alternatives,
+    implied_settings,
     load_recipe,
     recipe_names,
     setting_names,
@@ -28,9 +29,22 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
+  ijepa --version
 
 recipes: {recipes}
 """
+PLAN_USAGE = """\
+ijepa plan RECIPE [options] [--table.key VALUE ...]: what a recipe takes before it is started
+
+  --gpus N          GPUs that share every batch, default 8
+  --gpu NAME        {gpus}; default h200
+  --mfu SHARE       of the GPU's matmul rate that is reached, 0 to 1, default 0.5
+  --num-images N    of the training set, default ImageNet-1k's for a recipe of a folder
+
+settings: ijepa pretrain RECIPE --help
+recipes: {recipes}
+"""
+DOCTOR_USAGE = "ijepa doctor: this machine, versions, which op runs where; takes no arguments"
 DEFAULT_RECIPE = "shapes-tiny"
 
 
@@ -40,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
+        return 0
+    if command in ("-V", "--version"):
+        print(f"ijepa {__version__}")
         return 0
     try:
         check_known([command], list(COMMANDS), "unknown command")
@@ -69,7 +86,7 @@ def pretrain_command(arguments: list[str]) -> int:
         recipe, checkpoint = _resumed(resume, name, arguments, given)
     else:
         name = name or DEFAULT_RECIPE
-        recipe = _override(load_recipe(name, cleared_alternatives(given)), arguments, name)
+        recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
         checkpoint = None
 
     # torch is not needed to refuse a bad setting
@@ -85,6 +102,11 @@ def pretrain_command(arguments: list[str]) -> int:
 
 def plan_command(arguments: list[str]) -> int:
     """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
+    if _asks_for_help(arguments):
+        from ijepa.plan import GPUS
+
+        print(PLAN_USAGE.format(gpus=", ".join(GPUS), recipes=", ".join(recipe_names())))
+        return 0
     gpus, arguments = _take_option(arguments, "--gpus")
     gpu, arguments = _take_option(arguments, "--gpu")
     mfu, arguments = _take_option(arguments, "--mfu")
@@ -96,7 +118,7 @@ def plan_command(arguments: list[str]) -> int:
         )
     name, *arguments = arguments
     given = _given_settings(arguments)
-    recipe = _override(load_recipe(name, cleared_alternatives(given)), arguments, name)
+    recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
 
     from ijepa.plan import plan_recipe, render_plan
 
@@ -113,6 +135,9 @@ def plan_command(arguments: list[str]) -> int:
 
 def doctor_command(arguments: list[str]) -> int:
     """`ijepa doctor`."""
+    if _asks_for_help(arguments):
+        print(DOCTOR_USAGE)
+        return 0
     if arguments:
         raise ValueError(f"ijepa doctor takes no arguments, got {' '.join(arguments)}")
     from ijepa.doctor import run_doctor
@@ -131,7 +156,7 @@ def _resumed(folder: str, name: str | None, arguments: list[str], given: list[st
     checkpoint = load_to_resume(Path(folder))
     run_folder = run_folder_of(checkpoint.path)
     saved = saved_recipe(checkpoint, name)
-    recipe = with_settings(saved, cleared_alternatives(given))
+    recipe = with_settings(saved, implied_settings(given))
     recipe = _override(recipe, arguments, f"--resume {folder}")
     images = checkpoint.metadata.get("data", {}).get("images")
     if images is not None:
@@ -163,6 +188,10 @@ def _given_settings(arguments: list[str]) -> list[str]:
         check_setting(key)
         given.append(key)
     return given
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
 
 
 def _number(option: str, text: str | None, kind: type):

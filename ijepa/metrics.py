@@ -39,7 +39,7 @@ class MetricsWriter:
         kept = [line for line in read_metrics(folder) if line["step"] <= first_step > 0]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._folder = folder
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         self._waiting = b""
         self.failure: OSError | None = None
         self.events_failure: OSError | None = None
@@ -68,6 +68,20 @@ class MetricsWriter:
             os.fsync(self._file)
         except OSError as error:
             raise not_written(FILE_NAME, self._folder, error) from None
+
+    def put_back(self) -> None:
+        """Write all lines again where the file was deleted; they are still in the open one.
+
+        Raises:
+            NotWritten: there is no room.
+        """
+        path = self._folder / FILE_NAME
+        if path.exists():
+            return
+        lines = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        write_whole(path, lines.decode())
+        os.close(self._file)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Close the files, after one more try where lines wait."""

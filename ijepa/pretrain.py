@@ -92,8 +92,10 @@ def train(run: Run) -> bool:
             if run.first_step == 0 and monitor.every:
                 with wait.stoppable():
                     run.look(0)
+            run.progress.begin()
             for done, images, masks in wait.over(run.batches()):
-                result = run.trainer.step(images, masks)
+                with run.first(f"First step, of {train.batch_size:,} images", done):
+                    result = run.trainer.step(images, masks)
                 earlier, late = late, LateResult(done, result)
                 run.observe(earlier)
 

@@ -33,7 +33,9 @@ class RunReport:
         images: number of training images.
         seconds: time spent, over all parts of a resumed run.
         skipped_steps: updates left out because something was not finite.
-        unreadable: damaged images met, as "path: reason".
+        unreadable: the first damaged images met, as "path: reason".
+        unreadable_count: how many there were in all.
+        first_step: where this part of a resumed run began; damaged images are counted from there.
         left_out: FIFOs, sockets and devices among the images, as "path: kind"; never opened.
         chance: task -> accuracy of guessing the commonest fitted class; empty without probes.
         probes: rows of the closing table, empty without labels.
@@ -46,6 +48,8 @@ class RunReport:
     seconds: float
     skipped_steps: int = 0
     unreadable: Sequence[str] = ()
+    unreadable_count: int = 0
+    first_step: int = 0
     left_out: Sequence[str] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
     probes: Sequence[ProbeRow] = ()
@@ -84,6 +88,12 @@ def write_summary(report: RunReport) -> None:
     """
     text = summary_text(report, read_metrics(report.folder), _plots())
     write_whole(report.folder / "summary.md", text)
+
+
+def show_incidents(report: RunReport, console: Console) -> None:
+    """What the summary says more about."""
+    if report.unreadable_count:
+        console.print(f"{_unreadable(report)}: see summary.md", highlight=False, markup=False)
 
 
 def show_probes(report: RunReport, console: Console) -> None:
@@ -202,13 +212,21 @@ def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _unreadable(report: RunReport) -> str:
+    since = f" from step {report.first_step} on" if report.first_step else ""
+    images = f"{report.unreadable_count:,} of {report.images:,} images"
+    return f"{images} could not be read{since} and were replaced by others"
+
+
 def _incidents(report: RunReport) -> list[str]:
     notes = []
     if report.skipped_steps:
         notes.append(f"{report.skipped_steps} updates were skipped (non-finite loss or gradients).")
-    if report.unreadable:
+    if report.unreadable_count:
         listing = "\n".join(f"- {name}" for name in report.unreadable)
-        notes.append(f"Images that could not be read and were replaced:\n\n{listing}")
+        more = report.unreadable_count - len(report.unreadable)
+        rest = f"\n- and {more:,} more" if more else ""
+        notes.append(f"{_unreadable(report)}:\n\n{listing}{rest}")
     if report.left_out:
         listing = "\n".join(f"- {name}" for name in report.left_out[:20])
         notes.append(f"{len(report.left_out)} left out, being no files:\n\n{listing}")

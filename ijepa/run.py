@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from ijepa.checkpoint import (
     save_checkpoint,
 )
 from ijepa.config import Recipe
-from ijepa.data import build_loader
+from ijepa.data import TrainingBatch, build_loader
 from ijepa.disk import write_whole
 from ijepa.divergence import TooManySkips, WeightsNotFinite, check_finite
 from ijepa.evaluate.closing import ProbesNotFitted, closing_table
@@ -34,10 +35,18 @@ from ijepa.mask_sampler import plan_capacities
 from ijepa.metrics import MetricsWriter
 from ijepa.monitor import Panel, collapse_panel
 from ijepa.plan import flops_per_image, known_gpu
-from ijepa.progress import RunProgress
+from ijepa.progress import RunProgress, telling
 from ijepa.recipes import recipe_to_dict
-from ijepa.report import RunReport, show_files, show_probes, write_report, write_summary
+from ijepa.report import (
+    RunReport,
+    show_files,
+    show_incidents,
+    show_probes,
+    write_report,
+    write_summary,
+)
 from ijepa.resume import resume_command, run_folder_of
+from ijepa.run_folder import RECIPE, put_back, take_away
 from ijepa.run_lock import RunLock
 from ijepa.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
@@ -94,7 +103,11 @@ class Run:
         sampler = components.build_mask_sampler(
             recipe.masks, recipe.model.grid, micro_batch, device
         )
-        source = components.open_source(recipe, progress=console is not None)
+        if recipe.data.source == "folder":
+            recipe.check_length()
+        else:
+            recipe.in_steps(recipe.data.num_images)  # before any of them is rendered
+        source = components.open_source(recipe, console)
         self.recipe = recipe = recipe.in_steps(len(source))
         self.source = source
         self.data_id = {"source": recipe.data.source, **components.data_fingerprint(source)}
@@ -117,7 +130,6 @@ class Run:
         self.unwritten: OSError | None = None  # why the latest save, or the report, is missing
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.folder = self._open_folder(checkpoint)
         self.started = time.perf_counter()
         self.loader = build_loader(
             source,
@@ -133,7 +145,6 @@ class Run:
             accumulate=recipe.train.accumulate,
             pin_memory=device.type == "cuda",
         )
-        self.metrics = self._open_metrics()
         self._metrics_failing = False
         self.progress = RunProgress(
             console,
@@ -141,7 +152,11 @@ class Run:
             self.first_step,
             recipe.train.batch_size,
             images_per_second_at_peak=images_per_second_at_peak(recipe, device),
+            first_is_slow=compiled,
+            smaller=smaller_run(recipe, device),
         )
+        if recipe.data.source == "folder":
+            self.progress.note(f"{len(source):,} images in {recipe.data.path}")
         self._left_out: tuple[str, ...] = getattr(source, "left_out", ())
         if self._left_out:
             named = ", ".join(self._left_out[:5]) + (", ..." if len(self._left_out) > 5 else "")
@@ -149,13 +164,30 @@ class Run:
         if recipe.monitor.every and len(source) < 2:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
         self._panel_images: tuple[Tensor, Tensor | None] | None = None
+        # Last, so that what fails before leaves no folder behind.
+        self._begins = checkpoint is None
+        self._folder_was_there = (
+            recipe.train.output is not None and Path(recipe.train.output).exists()
+        )
+        self.folder = self._open_folder(checkpoint)
+        try:
+            self.metrics = self._open_metrics()
+        except BaseException:
+            self.metrics = None
+            self.close()
+            raise
+
+    def first(self, what: str, done: int) -> contextlib.AbstractContextManager[None]:
+        """Around the first step of this process: says what goes on where it takes a while."""
+        quick = done > self.first_step + 1
+        return contextlib.nullcontext() if quick else telling(self.console, what)
 
     def batches(self) -> Iterator[tuple[int, list[Tensor], list[MaskBatch]]]:
         """(steps done after it, micro-batches of images, their masks), on the device."""
         images: list[Tensor] = []
         masks: list[MaskBatch] = []
         done, accumulate = self.first_step, self.recipe.train.accumulate
-        pairs = ((batch.images, batch.masks) for batch in self.loader)
+        pairs = ((batch.images, batch.masks) for batch in self._loaded())
         for part, part_masks in copied_beside(pairs, self.device):
             images.append(part)
             masks.append(part_masks)
@@ -163,6 +195,14 @@ class Run:
                 done += 1
                 yield done, images, masks
                 images, masks = [], []
+
+    def _loaded(self) -> Iterator[TrainingBatch]:
+        batches = iter(self.loader)
+        with telling(self.console, "Reading the first batch"):
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
 
     def observe(self, late: LateResult | None) -> None:
         """Show and write down the figures of a step that is over.
@@ -211,6 +251,10 @@ class Run:
         """The collapse panel, on the first rank."""
         if not distributed.is_main():
             return
+        with telling(self.console, f"Panel on {self.recipe.monitor.images:,} images"):
+            self._look(done)
+
+    def _look(self, done: int) -> None:
         images, labels = self._fixed_images()
         if images.shape[0] < 2:
             return  # nothing to compare; said at the start
@@ -246,6 +290,7 @@ class Run:
         weights = self.trainer.weights()
         check_finite(weights, done)
         try:
+            self._put_folder_back()
             self.metrics.sync()
             save_checkpoint(
                 self.folder,
@@ -263,6 +308,17 @@ class Run:
             self.progress.note(f"step {done}: NOT SAVED, the next save will try again: {error}")
         else:
             self.unwritten, self._saved_step = None, done
+
+    def _put_folder_back(self) -> None:
+        lock = put_back(self.folder, self._settings(), self.metrics, self.lock)
+        if lock is not None:
+            self.lock = lock
+            self.progress.note(f"{self.folder} was deleted while the run goes on: it is back, with "
+                               "recipe.json and metrics.jsonl")  # fmt: skip
+
+    def _settings(self) -> str:
+        """The content of recipe.json."""
+        return json.dumps(recipe_to_dict(self.recipe), indent=1)
 
     def saved(self) -> str | None:
         """What there is to go on from, as "step 500"; None before the first checkpoint."""
@@ -301,6 +357,8 @@ class Run:
             seconds=self.seconds(),
             skipped_steps=int(self.trainer.total_skips),
             unreadable=self.loader.unreadable.names,
+            unreadable_count=self.loader.unreadable.count,
+            first_step=self.first_step,
             left_out=self._left_out,
         )
         with self._noting_what_is_unwritten():
@@ -310,6 +368,7 @@ class Run:
             with self._noting_what_is_unwritten():
                 write_summary(report)
         if self.console is not None:
+            show_incidents(report, self.console)
             show_probes(report, self.console)
             if self.unwritten is None:
                 show_files(report, self.console)
@@ -338,9 +397,12 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def close(self) -> None:
-        """Close the files and let others train into the folder."""
+        """Close the files and let others train into the folder; without a step it goes away."""
         if self.metrics is not None:
             self.metrics.close()
+        nothing_done = self._begins and self.trainer.step_index == 0
+        if distributed.is_main() and nothing_done and not holds_checkpoint(self.folder):
+            take_away(self.folder, keep_itself=self._folder_was_there)
         if self.lock is not None:
             self.lock.release()
 
@@ -393,8 +455,7 @@ class Run:
         self._lock(folder)
         if distributed.is_main():
             check_unused(folder)  # again: somebody else's run may have ended since
-            settings = json.dumps(recipe_to_dict(self.recipe), indent=1)
-            write_whole(folder / "recipe.json", settings)
+            write_whole(folder / RECIPE, self._settings())
         return folder
 
     def _open_metrics(self) -> MetricsWriter | None:
@@ -434,6 +495,16 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
     if recipe.train.compile == "auto":
         return device.type == "cuda"
     return recipe.train.compile == "on"
+
+
+def smaller_run(recipe: Recipe, device: torch.device) -> str:
+    """What to try where a recipe would take for ever on this machine."""
+    if device.type == "cuda":
+        return f"Fewer train.epochs, or more GPUs: see `ijepa plan {recipe.name} --gpus N`"
+    words = ["ijepa", "pretrain", "shapes-tiny"]
+    if recipe.data.path is not None:
+        words += ["--data.path", recipe.data.path]
+    return f"Without a GPU a small recipe fits: `{shlex.join(words)}`"
 
 
 def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | None:

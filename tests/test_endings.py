@@ -373,4 +373,5 @@ def test_a_slow_panel_is_broken_off(tmp_path, monkeypatch):
     assert time.monotonic() - started < 30
     assert load_checkpoint("run").step == 0
     assert cli.main(["pretrain", "--resume", "run"]) == 0
-    assert [line["step"] for line in read_metrics(tmp_path / "run") if "cosine" in line] == [0, 5, 10, 12]
+    panels = [line["step"] for line in read_metrics(tmp_path / "run") if "cosine" in line]
+    assert panels == [0, 5, 10, 12]
