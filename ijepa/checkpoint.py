@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ijepa.disk import not_written, require_space, sync, write_whole
 
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
@@ -74,44 +76,78 @@ def save_checkpoint(
     Args:
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.
         metadata: JSON values.
+
+    Raises:
+        NotWritten: no room, or writing failed; the checkpoints of before are as they were, and
+            nothing of this one is left to fill the disk.
     """
     root = run_folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
     aside = root / f".{final.name}.partial"
     for leftover in root.glob(".*.partial"):
-        shutil.rmtree(leftover)
-    aside.mkdir()
-
+        _remove(leftover)
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors)
-    save_file(_savable(weights), aside / WEIGHTS)
-    save_file(_savable(tensors), aside / STATE)
-    files = {name: _fingerprint(aside / name) for name in (WEIGHTS, STATE)}
+    require_space(final.name, root, _bytes_needed(weights) + _bytes_needed(tensors))
+    try:
+        aside.mkdir()
+        save_file(_savable(weights), aside / WEIGHTS)
+        save_file(_savable(tensors), aside / STATE)
+        _describe(aside, step, metadata, tree)
+        for name in (WEIGHTS, STATE):
+            sync(aside / name)
+        sync(aside)
+        if final.exists():  # a run resumed from an older checkpoint comes by again
+            final.rename(root / f".{final.name}.replaced.partial")
+        aside.rename(final)
+        sync(root)
+        write_whole(root / LATEST, final.name + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise not_written(final.name, root, error) from None
+    # By when they were written: of a run that goes on from an older checkpoint, those of higher
+    # steps are the older ones.
+    others = sorted((f for f in root.glob("step-*") if f != final), key=_written)
+    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+        _remove(old)
+    return final
+
+
+def _written(folder: Path) -> tuple[int, str]:
+    """Sorts checkpoints by age; what is no checkpoint is the oldest."""
+    try:
+        return (folder / METADATA).stat().st_mtime_ns, folder.name
+    except OSError:
+        return 0, folder.name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _bytes_needed(tensors: dict[str, Tensor]) -> int:
+    """Upper bound of what the tensors and their description take on a disk."""
+    content = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return content + 1000 * len(tensors) + (1 << 16)
+
+
+def _describe(folder: Path, step: int, metadata: dict[str, Any], tree: Any) -> None:
+    """Write the JSON file that makes the files in `folder` a checkpoint."""
     described = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "step": step,
-        "files": files,
+        "files": {name: _fingerprint(folder / name) for name in (WEIGHTS, STATE)},
         "versions": versions(),
         **metadata,
         "state": tree,
     }
     described["checksum"] = _checksum(described)
-    _write_synced(aside / METADATA, json.dumps(described, indent=1))
-    for name in (WEIGHTS, STATE):
-        _sync(aside / name)
-    _sync(aside)
-    if final.exists():  # a run resumed from an older checkpoint comes by again
-        final.rename(root / f".{final.name}.replaced.partial")
-    aside.rename(final)
-    _sync(root)
-    _write_synced(root / f".{LATEST}.partial-file", final.name + "\n")
-    (root / f".{LATEST}.partial-file").replace(root / LATEST)
-    _sync(root)
-    for old in [*sorted(root.glob("step-*"))[:-KEPT], *root.glob(".step-*.partial")]:
-        shutil.rmtree(old)
-    return final
+    write_whole(folder / METADATA, json.dumps(described, indent=1))
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -121,6 +157,39 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: nothing there, a damaged or foreign file; names it.
     """
     folder = find_checkpoint(Path(path))
+    metadata = verify_checkpoint(folder)
+    try:
+        contents = {name: load_file(folder / name) for name in (WEIGHTS, STATE)}
+        state = _unflatten(metadata.pop("state"), contents[STATE])
+        step = int(metadata["step"])
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+    return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint's folder, all of whose files are as they were written.
+
+    Raises:
+        CheckpointError: one of them is missing, damaged or foreign; names it.
+    """
+    metadata = read_metadata(folder)
+    try:
+        for name in (WEIGHTS, STATE):
+            _verify_file(folder / name, metadata["files"][name])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+    return metadata
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """The JSON object of a checkpoint's folder, intact.
+
+    Raises:
+        CheckpointError: it is missing, damaged or foreign.
+    """
     try:
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,14 +205,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         )
     if metadata.get("checksum") != _checksum(metadata):
         raise CheckpointError(f"{folder / METADATA} is damaged: its checksum differs")
-    try:
-        contents = {name: _read_tensors(folder / name, metadata["files"][name])
-                    for name in (WEIGHTS, STATE)}  # fmt: skip
-        state = _unflatten(metadata.pop("state"), contents[STATE])
-        step = int(metadata["step"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
-    return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
+    return metadata
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -157,14 +219,33 @@ def find_checkpoint(path: Path) -> Path:
             "or one of its checkpoints"
         )
     if (root / LATEST).exists():
-        folder = root / (root / LATEST).read_text(encoding="utf-8").strip()
-        if not folder.is_dir():
-            raise CheckpointError(f"{root / LATEST} names {folder.name}, which is not there")
-        return folder
-    complete = sorted(root.glob("step-*"))
+        name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"step-\d+", name):  # a path would lead out of the run
+            raise CheckpointError(
+                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got {name!r}"
+            )
+        if not (root / name).is_dir():
+            raise CheckpointError(f"{root / LATEST} names {name}, which is not there")
+        return root / name
+    complete = checkpoint_folders(root)
     if not complete:
-        raise CheckpointError(f"{root} holds no complete checkpoint")
+        raise CheckpointError(
+            f"{root} holds no complete checkpoint: the run ended before its first one. Start it "
+            f"again as before; with --train.output {root.parent} it takes the same folder"
+        )
     return complete[-1]
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The checkpoints in a run's checkpoints folder, by step; none is opened."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def holds_checkpoint(run_folder: Path) -> bool:
+    """Whether a run can go on from `run_folder`."""
+    root = run_folder / "checkpoints"
+    return (root / LATEST).exists() or any(root.glob("step-*"))
 
 
 def versions() -> dict[str, str]:
@@ -176,8 +257,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _read_tensors(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of one file, after its size and checksum are found as they were written."""
+def _verify_file(file: Path, expected: dict[str, Any]) -> None:
+    """Raise CheckpointError unless size and checksum are as they were written."""
     if not file.exists():
         raise CheckpointError(f"{file} is missing")
     size = file.stat().st_size
@@ -185,10 +266,6 @@ def _read_tensors(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged: {size} bytes, {expected['bytes']} were written")
     if _fingerprint(file) != expected:
         raise CheckpointError(f"{file} is damaged: its checksum differs from the written one")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
@@ -209,20 +286,6 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous host copies that share no memory, which safetensors requires."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors.items()}  # fmt: skip
-
-
-def _write_synced(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from ijepa import __version__
 from ijepa.config import Recipe
 from ijepa.recipes import (
     check_known,
     check_setting,
-    cleared_alternatives,
+    implied_settings,
     load_recipe,
-    recipe_from_dict,
     recipe_names,
-    recipe_to_dict,
     setting_names,
+    with_settings,
 )
 
 USAGE = """\
@@ -28,26 +29,23 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
+  ijepa --version
 
 recipes: {recipes}
 """
+PLAN_USAGE = """\
+ijepa plan RECIPE [options] [--table.key VALUE ...]: what a recipe takes before it is started
+
+  --gpus N          GPUs that share every batch, default 8
+  --gpu NAME        {gpus}; default h200
+  --mfu SHARE       of the GPU's matmul rate that is reached, 0 to 1, default 0.5
+  --num-images N    of the training set, default ImageNet-1k's for a recipe of a folder
+
+settings: ijepa pretrain RECIPE --help
+recipes: {recipes}
+"""
+DOCTOR_USAGE = "ijepa doctor: this machine, versions, which op runs where; takes no arguments"
 DEFAULT_RECIPE = "shapes-tiny"
-# What may differ when a run is resumed: nothing of it changes the weights that come out, except
-# train.steps, which moves the end of the run and leaves the schedules where they were.
-RESUMABLE = (
-    "data.path",
-    "data.workers",
-    "train.steps",
-    "train.device",
-    "train.accumulate",
-    "train.checkpoint_every",
-    "train.log_every",
-    "train.tensorboard",
-    "monitor.every",
-    "monitor.images",
-    "monitor.evaluate",
-    "monitor.probe_images",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,15 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
         return 0
+    if command in ("-V", "--version"):
+        print(f"ijepa {__version__}")
+        return 0
     try:
         check_known([command], list(COMMANDS), "unknown command")
         return COMMANDS[command](rest)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"ijepa: error: {error}", file=sys.stderr)
+        _complain(f"ijepa: error: {error}", error)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _complain("interrupted", error)
         return 130
+
+
+def _complain(message: str, error: BaseException) -> None:
+    """The message and what was noted on the error, such as how to go on."""
+    for line in (message, *getattr(error, "__notes__", ())):
+        print(line, file=sys.stderr)
 
 
 def pretrain_command(arguments: list[str]) -> int:
@@ -76,22 +83,30 @@ def pretrain_command(arguments: list[str]) -> int:
         name, *arguments = arguments
     given = _given_settings(arguments)
     if resume is not None:
-        recipe, checkpoint = _resumed(resume, name, arguments)
+        recipe, checkpoint = _resumed(resume, name, arguments, given)
     else:
         name = name or DEFAULT_RECIPE
-        recipe = _override(load_recipe(name, cleared_alternatives(given)), arguments, name)
+        recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
         checkpoint = None
 
-    from ijepa.pretrain import pretrain  # torch is not needed to refuse a bad setting
+    # torch is not needed to refuse a bad setting
+    from ijepa.distributed import launched_rank
+    from ijepa.pretrain import pretrain
+    from ijepa.resume import resume_command
 
     outcome = pretrain(recipe, checkpoint=checkpoint, console=Console())
-    if not outcome.finished:
-        print(f"\nStopped and saved. Continue with:\n  ijepa pretrain --resume {outcome.folder}")
+    if not outcome.finished and launched_rank() == 0:
+        print(f"\nStopped and saved. Continue with:\n  {resume_command(outcome.folder)}")
     return 0
 
 
 def plan_command(arguments: list[str]) -> int:
     """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
+    if _asks_for_help(arguments):
+        from ijepa.plan import GPUS
+
+        print(PLAN_USAGE.format(gpus=", ".join(GPUS), recipes=", ".join(recipe_names())))
+        return 0
     gpus, arguments = _take_option(arguments, "--gpus")
     gpu, arguments = _take_option(arguments, "--gpu")
     mfu, arguments = _take_option(arguments, "--mfu")
@@ -103,7 +118,7 @@ def plan_command(arguments: list[str]) -> int:
         )
     name, *arguments = arguments
     given = _given_settings(arguments)
-    recipe = _override(load_recipe(name, cleared_alternatives(given)), arguments, name)
+    recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
 
     from ijepa.plan import plan_recipe, render_plan
 
@@ -120,6 +135,9 @@ def plan_command(arguments: list[str]) -> int:
 
 def doctor_command(arguments: list[str]) -> int:
     """`ijepa doctor`."""
+    if _asks_for_help(arguments):
+        print(DOCTOR_USAGE)
+        return 0
     if arguments:
         raise ValueError(f"ijepa doctor takes no arguments, got {' '.join(arguments)}")
     from ijepa.doctor import run_doctor
@@ -131,27 +149,19 @@ def doctor_command(arguments: list[str]) -> int:
 COMMANDS = {"pretrain": pretrain_command, "plan": plan_command, "doctor": doctor_command}
 
 
-def _resumed(folder: str, name: str | None, arguments: list[str]):
+def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):
     """The checkpoint's recipe with the overrides a resumed run may take, and the checkpoint."""
-    from ijepa.checkpoint import CheckpointError, load_checkpoint
+    from ijepa.resume import check_resumable, load_to_resume, run_folder_of, saved_recipe
 
-    checkpoint = load_checkpoint(folder)
-    try:
-        saved = recipe_from_dict(checkpoint.metadata["config"], f"{checkpoint.path}: config")
-    except KeyError:
-        raise CheckpointError(f"{checkpoint.path} holds no settings") from None
-    if name is not None and load_recipe(name).name != saved.name:
-        raise ValueError(
-            f"{folder} is a run of recipe {saved.name}, not of {name}: leave the recipe out"
-        )
-    recipe = _override(saved, arguments, f"--resume {folder}")
-    for key, value in _flat(recipe).items():
-        before = _flat(saved)[key]
-        if value != before and key not in RESUMABLE:
-            raise ValueError(
-                f"{key} is {before} in the run of {folder} and cannot become {value}: that would "
-                f"be another run. May change: {', '.join(RESUMABLE)}"
-            )
+    checkpoint = load_to_resume(Path(folder))
+    run_folder = run_folder_of(checkpoint.path)
+    saved = saved_recipe(checkpoint, name)
+    recipe = with_settings(saved, implied_settings(given))
+    recipe = _override(recipe, arguments, f"--resume {folder}")
+    images = checkpoint.metadata.get("data", {}).get("images")
+    if images is not None:
+        recipe = recipe.in_steps(images)  # epochs may be given in place of the run's steps
+    check_resumable(saved, recipe, run_folder)
     return recipe, checkpoint
 
 
@@ -166,16 +176,6 @@ def _override(recipe: Recipe, arguments: list[str], title: str) -> Recipe:
     )
 
 
-def _flat(recipe: Recipe) -> dict[str, object]:
-    """Settings by dotted name."""
-    return {
-        f"{table}.{key}": value
-        for table, entries in recipe_to_dict(recipe).items()
-        if isinstance(entries, dict)
-        for key, value in entries.items()
-    }
-
-
 def _given_settings(arguments: list[str]) -> list[str]:
     """Dotted names of the settings on the command line; unknown ones are refused."""
     given = []
@@ -188,6 +188,10 @@ def _given_settings(arguments: list[str]) -> list[str]:
         check_setting(key)
         given.append(key)
     return given
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
 
 
 def _number(option: str, text: str | None, kind: type):

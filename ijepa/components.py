@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from masked_vit_kernels.packing import TILE
+from rich.console import Console
 from torch import Tensor
 
 from ijepa import distributed
@@ -17,11 +18,12 @@ from ijepa.data import build_source, load_batch
 from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource
-from ijepa.evaluate.closing import LabelledImages
+from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted
 from ijepa.mask_sampler import MaskSampler, plan_capacities
 from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
 from ijepa.masks import MultiBlockSampler
 from ijepa.model import IJEPA
+from ijepa.progress import telling
 
 _SUBSET_STREAM = 0x5AB5E7
 _TRAINING_SET, _HELD_OUT_SET = 0, 1  # seeds of the procedural data sets, whatever the run's seed
@@ -76,14 +78,17 @@ def build_mask_sampler(
     return sampler
 
 
-def micro_batch_size(recipe: Recipe) -> int:
+def micro_batch_size(recipe: Recipe, ranks: int | None = None) -> int:
     """Images a rank takes at once.
+
+    Args:
+        ranks: None for as many as there are.
 
     Raises:
         ValueError: the batch cannot be shared evenly.
     """
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
-    ranks = distributed.world_size()
+    ranks = distributed.world_size() if ranks is None else ranks
     parts = accumulate * ranks
     if batch % parts:
         raise ValueError(
@@ -99,8 +104,11 @@ def build_model(recipe: Recipe) -> IJEPA:
     return IJEPA(recipe.model)
 
 
-def open_source(recipe: Recipe, progress: bool) -> ImageSource:
+def open_source(recipe: Recipe, console: Console | None) -> ImageSource:
     """The training images; procedural ones are rendered now, by the first rank.
+
+    Args:
+        console: told what takes a while.
 
     Raises:
         ValueError: no such folder, no image in it, or no path given.
@@ -112,20 +120,29 @@ def open_source(recipe: Recipe, progress: bool) -> ImageSource:
         )
     if not distributed.is_main():
         distributed.barrier()
-    source = _build(recipe, recipe.data.num_images, _TRAINING_SET, progress)
+    looking = console if recipe.data.source == "folder" else None  # rendering shows a bar
+    with telling(looking, f"Looking for images in {recipe.data.path}"):
+        source = _build(recipe, recipe.data.num_images, _TRAINING_SET, console is not None)
     if distributed.is_main():
         distributed.barrier()
     return source
 
 
-def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> LabelledImages | None:
-    """Images for the closing probes; None where there are no labels."""
-    if not source.labels:
-        return None
+def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> LabelledImages:
+    """Images for the closing probes, of a source with labels.
+
+    Raises:
+        ProbesNotFitted: too few images.
+    """
     view = viewing_transform(recipe)
     held_out, fitted = recipe.data.num_held_out, recipe.monitor.probe_images
     if recipe.data.source == "folder":
         held_out = min(held_out, len(source) // 5)
+        if held_out == 0:
+            raise ProbesNotFitted(
+                f"a fifth of the labelled images is kept for testing, which takes at least 5, and "
+                f"there are {len(source)}"
+            )
         images, labels = load_subset(source, view, fitted + held_out)
         parts = images[held_out:], images[:held_out]
         train_labels = {task: values[held_out:] for task, values in labels.items()}

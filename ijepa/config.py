@@ -26,7 +26,7 @@ def _require_positive(config, *names: str) -> None:
         value = getattr(config, name)
         entries = value if isinstance(value, tuple) else (value,)
         _require(
-            all(math.isfinite(entry) and entry > 0 for entry in entries),
+            all(0 < entry < math.inf for entry in entries),
             f"{name} must be greater than 0, got {value}",
         )
 
@@ -38,6 +38,23 @@ def _require_range(config, name: str, lowest: float, highest: float) -> None:
         lowest < low <= high <= highest,
         f"{name} must be (low, high) with {lowest} < low <= high <= {highest}, got ({low}, {high})",
     )
+
+
+MAX_HEAD_DIM = 128  # of masked_vit_kernels, which is not imported to refuse a setting
+_LARGEST_SIZE = 2**16  # of images and networks
+_LONGEST = 1e9  # steps; epochs of a small set may be as many
+_LARGEST_RATE = 10.0  # Adam moves every weight by about the learning rate: more is a slip
+
+
+def _require_within(config, low: float, high: float, *names: str, why: str = "") -> None:
+    """Every named field (or every entry of it) must lie in [low, high]; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        _require(
+            all(entry is None or low <= entry <= high for entry in entries),
+            f"{name} must lie in [{low:g}, {high:g}]{why}, got {value}",
+        )
 
 
 # Encoder sizes by the field's usual names (G: paper appendix A.1); `ModelConfig(**VIT_SIZES["B"])`.
@@ -61,7 +78,7 @@ class ModelConfig:
         patch_size: (height, width) of a patch in pixels.
         width: features of a token in the encoders, a multiple of 4 (positions) and of `heads`.
         depth: blocks of the encoders.
-        heads: attention heads of the encoders.
+        heads: attention heads of the encoders, each of a multiple of 8 features up to 128.
         mlp_ratio: width of the hidden layer of a block's MLP over its width.
         predictor_width: features of a token in the predictor.
         predictor_depth: blocks of the predictor.
@@ -79,8 +96,8 @@ class ModelConfig:
             1 % of a step's operations for wider gathers, and was not measured to be faster).
         residual: dtype of the residual stream in the bf16 modes of `train.precision`; LayerNorm
             statistics are float32 either way.
-        image_mean: subtracted from each channel of pixels in [0, 1].
-        image_std: divides each channel.
+        image_mean: subtracted from each channel of pixels in [0, 1]; in [0, 1] itself.
+        image_std: divides each channel; in [0.001, 1].
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -108,7 +125,16 @@ class ModelConfig:
 
     def __post_init__(self):
         _require_positive(self, "image_size", "channels", "patch_size", "depth", "mlp_ratio")
-        _require_positive(self, "predictor_depth", "patch_init_std", "image_std")
+        _require_positive(self, "predictor_depth", "patch_init_std")
+        _require_within(self, 1, _LARGEST_SIZE, "image_size", "channels", "patch_size")
+        _require_within(self, 1, _LARGEST_SIZE, "width", "depth", "heads")
+        _require_within(self, 1, _LARGEST_SIZE, "predictor_width", "predictor_depth")
+        _require_within(self, 1, _LARGEST_SIZE, "predictor_heads")
+        _require_within(self, 0.0, 100.0, "mlp_ratio")
+        pixels = ", of pixels in [0, 1]"
+        _require_within(self, 0.0, 1.0, "image_mean", why=pixels)
+        _require_within(self, 1e-3, 1.0, "image_std", why=pixels)
+        _require_within(self, 0.0, 10.0, "patch_init_std")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             _require(
                 size % patch == 0,
@@ -122,6 +148,11 @@ class ModelConfig:
             _require(
                 width % heads == 0,
                 f"{width_name} {width} must be a multiple of {heads_name} {heads}",
+            )
+            _require(
+                width // heads % 8 == 0 and width // heads <= MAX_HEAD_DIM,
+                f"{width_name} {width} over {heads_name} {heads} must be a multiple of 8 up to "
+                f"{MAX_HEAD_DIM}, got {width // heads}",
             )
         for name in ("image_mean", "image_std"):
             entries = len(getattr(self, name))
@@ -180,6 +211,7 @@ class MaskConfig:
         _require_range(self, "target_scale", 0.0, 1.0)
         _require_range(self, "target_aspect", 0.0, math.inf)
         _require_positive(self, "num_targets")
+        _require_within(self, 1, _LARGEST_SIZE, "num_targets", "min_context")
         _require(
             0 < self.target_share < 1, f"target_share must lie in (0, 1), got {self.target_share}"
         )
@@ -216,6 +248,8 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive(self, "num_images", "num_held_out")
+        _require_within(self, 1, _LONGEST, "num_images", "num_held_out")
+        _require_within(self, 0, 1024, "workers")
         _require_range(self, "crop_scale", 0.0, 1.0)
         _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
         _require(
@@ -229,7 +263,8 @@ class OptimConfig:
     """AdamW with the released parameter groups (paper appendix A.1).
 
     Attributes:
-        betas, eps: Adam's.
+        betas: decay of Adam's averages of the gradient and of its square, each step.
+        eps: added to the root of the average square that Adam divides by.
         max_grad_norm: clip the global gradient norm to this; None leaves it alone.
         max_skipped_steps: stop after this many non-finite steps in a row.
     """
@@ -244,6 +279,8 @@ class OptimConfig:
             all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
         )
         _require_positive(self, "eps", "max_skipped_steps")
+        _require_within(self, 0.0, 1.0, "eps")
+        _require_within(self, 1, _LONGEST, "max_skipped_steps")
         if self.max_grad_norm is not None:
             _require_positive(self, "max_grad_norm")
 
@@ -293,12 +330,10 @@ class ScheduleConfig:
             f"give warmup_steps or warmup_epochs, not both: got {self.warmup_steps} steps and "
             f"{self.warmup_epochs} epochs",
         )
-        for name in ("warmup_steps", "start_lr", "peak_lr", "final_lr"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{name} must not be negative, got {value}")
-        for name in ("weight_decay", "final_weight_decay", "warmup_epochs"):
-            value = getattr(self, name) or 0.0
-            _require(0 <= value < math.inf, f"{name} must not be negative, got {value}")
+        _require_within(self, 1, 1000, "stretch")
+        _require_within(self, 0, _LONGEST, "total_steps", "warmup_steps", "warmup_epochs")
+        _require_within(self, 0.0, _LARGEST_RATE, "start_lr", "peak_lr", "final_lr")
+        _require_within(self, 0.0, _LARGEST_RATE, "weight_decay", "final_weight_decay")
         for name in ("momentum", "final_momentum"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name} must lie in [0, 1], got {value}")
@@ -350,11 +385,17 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 _require_positive(self, name)
         _require_positive(self, "batch_size", "accumulate", "checkpoint_every", "log_every")
+        _require_within(self, 0, _LONGEST, "steps", "epochs", "batch_size", "accumulate")
+        _require_within(self, 1, _LONGEST, "checkpoint_every", "log_every")
         _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
         )
         _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {self.seed}")
+        _require(
+            self.output is None or self.output.strip() != "",
+            "output must name a folder; leave it out for runs/<recipe>-<number>",
+        )
 
 
 @dataclass(frozen=True)
@@ -375,6 +416,7 @@ class MonitorConfig:
 
     def __post_init__(self):
         _require(self.every >= 0, f"every must not be negative, got {self.every}")
+        _require_within(self, 0, _LONGEST, "every", "images", "probe_images")
         for name in ("images", "probe_images"):
             value = getattr(self, name)
             _require(value >= 2, f"{name} must be at least 2, got {value}")
@@ -397,6 +439,34 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
+    def __post_init__(self):
+        _require(
+            0 < len(self.name) <= 100
+            and self.name.isprintable()
+            and not set(self.name) & set("/\\")
+            and self.name.strip(". ") != "",
+            "name must be one that a folder can have, without / or \\, of at most 100 characters, "
+            f"got {self.name!r}",
+        )
+
+    def check_length(self) -> None:
+        """Raise ValueError unless the recipe says how long it trains."""
+        _require(
+            self.train.steps is not None or self.train.epochs is not None,
+            "the length of the run is not set: give train.steps or train.epochs",
+        )
+
+    def _too_few_images(self, num_images: int) -> str:
+        accumulate = self.train.accumulate
+        largest = num_images // accumulate * accumulate
+        fits = f"--train.batch-size {largest} or less"
+        if largest == 0:
+            fits = f"--train.batch-size {num_images} or less with --train.accumulate 1"
+        return (
+            f"train.batch_size {self.train.batch_size} exceeds the {num_images} images of the data"
+            f": give {fits}, or take a recipe for little data such as shapes-tiny"
+        )
+
     def in_steps(self, num_images: int) -> Recipe:
         """The same recipe with every length in optimiser steps, for a data set of this size.
 
@@ -406,15 +476,9 @@ class Recipe:
         Raises:
             ValueError: no length is given, or a batch does not fit the data.
         """
+        self.check_length()
         steps_per_epoch = num_images // self.train.batch_size
-        _require(
-            steps_per_epoch > 0,
-            f"train.batch_size {self.train.batch_size} exceeds the {num_images} images of the data",
-        )
-        _require(
-            self.train.steps is not None or self.train.epochs is not None,
-            "the length of the run is not set: give train.steps or train.epochs",
-        )
+        _require(steps_per_epoch > 0, self._too_few_images(num_images))
         steps = self.train.steps or max(round(self.train.epochs * steps_per_epoch), 1)
         schedule = self.schedule
         warmup_steps = schedule.warmup_steps

@@ -7,14 +7,22 @@ averaged, and the number of ranks changes nothing but the order of additions.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
+from ijepa.lost_ranks import RankRegister
+
+Value = TypeVar("Value")
+
+_register: RankRegister | None = None  # of the process group, while there is one
 _BUCKET_ELEMENTS = 1 << 24  # gradients that are summed in one message
 
 
@@ -23,7 +31,7 @@ def start(device: torch.device) -> torch.device:
 
     Without RANK and WORLD_SIZE in the environment nothing happens.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if not _launched_with_others():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -32,14 +40,40 @@ def start(device: torch.device) -> torch.device:
     # (torch.compile does so) it would keep it past `stop`, and with it gloo's threads,
     # which then sometimes abort the process as it exits.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, number, ranks = next(rendezvous("env://"))
+    global _register
+    _register = RankRegister(store, number, ranks)  # before the group, which waits for all of them
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks)
     return device
+
+
+def _launched_with_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def launched_rank() -> int:
+    """This process's number as it was started, also where there is no process group (any more)."""
+    return int(os.environ["RANK"]) if _launched_with_others() else 0
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _register
+    _register = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(reason: str) -> None:
+    """Tell the other ranks why this one ends before its time."""
+    if _register is not None:
+        _register.leave(reason)
+
+
+def _collective() -> contextlib.AbstractContextManager[None]:
+    """Around every collective operation: where it fails, `RankLost` names the rank that is gone."""
+    return contextlib.nullcontext() if _register is None else _register.collective()
 
 
 def rank() -> int:
@@ -60,14 +94,16 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
-        dist.barrier()
+        with _collective():
+            dist.barrier()
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of every rank's tensor, on every rank; the tensor itself in a single process."""
     if world_size() > 1:
         value = value.clone()
-        dist.all_reduce(value)
+        with _collective():
+            dist.all_reduce(value)
     return value
 
 
@@ -76,8 +112,25 @@ def from_main(value: object) -> object:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    with _collective():
+        dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_main(function: Callable[[], Value]) -> Value:
+    """What rank 0 gets from `function`, on every rank; an error is raised on every rank too."""
+    result: object = None
+    if is_main():
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            if world_size() == 1:
+                raise
+            result = error
+    result = from_main(result)
+    if isinstance(result, Exception):
+        raise result
+    return result  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -100,7 +153,8 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 def _sum_bucket(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
+    with _collective():
+        dist.all_reduce(flat)
     pieces = flat.split([gradient.numel() for gradient in gradients])
     for gradient, piece in zip(gradients, pieces, strict=True):
         gradient.copy_(piece.view_as(gradient))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa.evaluate.guessing import commonest_class_accuracy
 from ijepa.evaluate.knn import knn_accuracy
 
 _EPS = 1e-7  # of RankMe
@@ -19,7 +20,7 @@ _EPS = 1e-7  # of RankMe
 
 @dataclass(frozen=True)
 class Panel:
-    """What the target features of some images look like.
+    """What the target features of some images look like; no figures where any is not finite.
 
     Attributes:
         effective_rank: RankMe, between 1 (all features on one line) and the width.
@@ -27,13 +28,18 @@ class Panel:
         lowest_std: that of the most constant dimension.
         cosine: mean cosine between the features of different images, 1 when all are alike.
         knn: accuracy of a nearest-neighbour classifier, None without labels.
+        knn_guessing: accuracy, on the images it classifies, of always guessing the commonest class
+            of those it looks for neighbours among; None without labels.
+        not_finite: images with NaN or infinity among their features, None where there are none.
     """
 
-    effective_rank: float
-    feature_std: float
-    lowest_std: float
-    cosine: float
+    effective_rank: float | None = None
+    feature_std: float | None = None
+    lowest_std: float | None = None
+    cosine: float | None = None
     knn: float | None = None
+    knn_guessing: float | None = None
+    not_finite: int | None = None
 
 
 def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
@@ -47,17 +53,22 @@ def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
     if features.ndim != 2 or features.shape[0] < 2:
         raise ValueError(f"features must have shape (n >= 2, D), got {tuple(features.shape)}")
     features = features.double()
+    not_finite = int((~features.isfinite()).any(dim=1).sum())
+    if not_finite:
+        return Panel(not_finite=not_finite)
     std = features.std(dim=0)
-    accuracy = None
+    accuracy = guessing = None
     if labels is not None:
         half = features.shape[0] // 2
         accuracy = knn_accuracy(features[:half], labels[:half], features[half:], labels[half:])
+        guessing = commonest_class_accuracy(labels[:half], labels[half:])
     return Panel(
         effective_rank=effective_rank(features),
         feature_std=std.mean().item(),
         lowest_std=std.min().item(),
         cosine=mean_cosine(features),
         knn=accuracy,
+        knn_guessing=guessing,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from ijepa.components import build_mask_sampler
+from ijepa.components import build_mask_sampler, micro_batch_size
 from ijepa.config import ModelConfig, Recipe
 from ijepa.counter_rng import derive_keys
 from ijepa.flops import Flops, TokenCounts, count_tokens, mean_counts, step_flops
@@ -66,7 +66,7 @@ class Plan:
     gpu: Gpu
     gpus: int
     mfu: float
-    micro_batch: float
+    micro_batch: int
     flops: dict[str, Flops]
     parameters: dict[str, int]
     state_bytes: int
@@ -95,7 +95,8 @@ def plan_recipe(
             for rendered images, else ImageNet-1k's.
 
     Raises:
-        ValueError: an unknown GPU (lists the known ones) or a figure out of its range.
+        ValueError: an unknown GPU (lists the known ones), a figure out of its range, or a batch
+            that the GPUs cannot share.
     """
     check_known([gpu.lower()], list(GPUS), "unknown GPU")
     device = GPUS[gpu.lower()]
@@ -109,8 +110,8 @@ def plan_recipe(
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must lie in (0, 1], got {mfu}")
     config = recipe.model
-    micro_batch = recipe.train.batch_size / (gpus * recipe.train.accumulate)
-    tokens = sample_tokens(recipe, max(round(micro_batch), 1))
+    micro_batch = micro_batch_size(recipe, gpus)
+    tokens = sample_tokens(recipe, micro_batch)
     flops = step_flops(config, tokens)
     parameters = count_parameters(config)
     state = state_bytes(parameters, recipe.train.precision)
@@ -272,7 +273,7 @@ def render_plan(plan: Plan) -> Table:
     checkpointed = ", checkpointed" if config.activation_checkpointing else ""
     table.add_row(f"activations{checkpointed}", f"{plan.image_bytes / 2**20:,.1f} MiB an image")
     table.add_row("largest micro-batch that fits", f"{plan.largest_batch:,} images a GPU")
-    table.add_row("the recipe's micro-batch", f"{plan.micro_batch:,.0f} images a GPU")
+    table.add_row("the recipe's micro-batch", f"{plan.micro_batch:,} images a GPU")
     table.add_section()
     table.add_row(
         f"speed at {plan.mfu:.0%} MFU of {plan.gpu.teraflops:,.0f} TFLOP/s",

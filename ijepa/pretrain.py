@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,12 @@ from ijepa import distributed
 from ijepa.checkpoint import Checkpoint
 from ijepa.components import choose_device
 from ijepa.config import Recipe
-from ijepa.run import LateResult, Run, TooManySkips
+from ijepa.lost_ranks import STOPPED, RankLost
+from ijepa.resume import how_to_continue
+from ijepa.run import LateResult, Run
+from ijepa.stop_signals import StopSignals
+from ijepa.trainer import StepGivenUp
+from ijepa.waiting import PATIENCE, StoppableWait, StoppedWaiting
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,12 @@ def pretrain(
 
     Raises:
         ValueError: settings, data or checkpoint that do not fit together.
-        TooManySkips: training diverged; a checkpoint is kept.
+        Diverged: too many steps without an update, or weights that are not finite; the checkpoints
+            of before are kept.
+        RankLost: another rank is gone; the first rank has saved the last whole step.
+        OSError: the last checkpoint, the report or lines of the log could not be written.
+
+    Whatever is raised once the run has begun carries a note that says how to go on, on one rank.
     """
     device = distributed.start(choose_device(recipe.train.device))
     try:
@@ -42,11 +51,26 @@ def pretrain(
             finished = train(run)
             if finished:
                 run.conclude()
+            run.check_written()
+        except BaseException as error:
+            if _speaks_of(error):
+                error.add_note(how_to_continue(run.folder, getattr(error, "good_before", None)))
+            raise
         finally:
             run.close()
         return Outcome(run.folder, finished)
+    except Exception as error:
+        distributed.leave(f"{type(error).__name__}: {error}")
+        raise
     finally:
         distributed.stop()
+
+
+def _speaks_of(error: BaseException) -> bool:
+    """Whether this rank says how to go on after a failure: the first one that is left."""
+    lost = error.ranks if isinstance(error, RankLost) else frozenset()
+    left = set(range(distributed.world_size())) - lost
+    return distributed.rank() == min(left, default=0)
 
 
 def train(run: Run) -> bool:
@@ -55,54 +79,45 @@ def train(run: Run) -> bool:
     A step's figures are read while the next one runs, so the host never waits for the device.
     """
     train, monitor = run.recipe.train, run.recipe.monitor
-    done = run.first_step
     late: LateResult | None = None
     vote = distributed.LateVote(run.device)
 
-    with run.progress, StopSignals() as stop:
-        if done == 0 and monitor.every:
-            run.look(done)
-        for done, images, masks in run.batches():
-            result = run.trainer.step(images, masks)
-            try:
-                run.observe(late)
-            except TooManySkips:
-                run.save(done)
-                raise
-            late = LateResult(done, result)
+    with (
+        run.progress,
+        StopSignals(run.saved, speaks=distributed.is_main()) as stop,
+        StoppableWait(lambda: stop.requested) as wait,
+    ):
+        run.trainer.give_up = lambda: stop.waited(PATIENCE)
+        try:
+            if run.first_step == 0 and monitor.every:
+                with wait.stoppable():
+                    run.look(0)
+            run.progress.begin()
+            for done, images, masks in wait.over(run.batches()):
+                with run.first(f"First step, of {train.batch_size:,} images", done):
+                    result = run.trainer.step(images, masks)
+                earlier, late = late, LateResult(done, result)
+                run.observe(earlier)
 
-            if run.due(monitor.every, done):
-                run.look(done)
-            stopping = vote.any(stop.requested)
-            if stopping or run.due(train.checkpoint_every, done):
-                run.save(done)
-            if stopping and done < train.steps:
-                run.observe(late)
+                if run.due(monitor.every, done):
+                    with wait.stoppable():
+                        run.look(done)
+                stopping = vote.any(stop.requested)
+                if stopping or run.save_due(done):
+                    run.observe(late)  # a checkpoint's steps are in the log
+                    late = None
+                    run.save(done)
+                if stopping and done < train.steps:
+                    return False
+            run.observe(late)
+        except (StoppedWaiting, StepGivenUp):
+            distributed.leave(STOPPED)
+            run.observe(late)
+            run.save(run.trainer.step_index)
+            return False
+        except Exception as error:
+            run.rescue(late)
+            if isinstance(error, RankLost) and error.stopped:
                 return False
-        run.observe(late)
+            raise
     return True
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second Ctrl-C interrupts at once.
-
-    Use as a context manager; the previous handlers are put back at its end.
-    """
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> StopSignals:
-        self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True

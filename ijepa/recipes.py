@@ -1,13 +1,15 @@
 """Recipes: TOML files to a `Recipe` and back, with overrides.
 
 A file's tables are the fields of `Recipe`. `base = "vitb16"` on top starts from another recipe
-and states only what differs. Unknown keys and bad values are refused with what is valid.
+and states only what differs; `base = "mine.toml"` is looked up beside the file that says so.
+Unknown keys and bad values are refused with what is valid.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tomllib
 import types
 import typing
@@ -18,12 +20,14 @@ from typing import Any, Literal
 
 from ijepa.config import Recipe
 
-# Two ways to say one thing: an override of the one clears what the recipe says of the other.
-_ALTERNATIVES = {
+# What a setting says of another one: of two ways to say one thing the other is cleared, and a path
+# is that of a folder.
+_IMPLIED: dict[str, tuple[str, Any]] = {
     "train.steps": ("train.epochs", None),
     "train.epochs": ("train.steps", None),
     "schedule.warmup_steps": ("schedule.warmup_epochs", None),
     "schedule.warmup_epochs": ("schedule.warmup_steps", 0),
+    "data.path": ("data.source", "folder"),
 }
 
 
@@ -60,7 +64,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     for key in overrides:
         check_setting(key)
     set_now = [key for key, value in overrides.items() if value is not None]
-    for key, value in {**overrides, **cleared_alternatives(set_now)}.items():
+    for key, value in {**overrides, **implied_settings(set_now)}.items():
         _put(values, key, value)
     return recipe_from_dict(values, origin)
 
@@ -93,7 +97,18 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str = "recipe") -> Recip
             arguments[table] = config(**typed)
         except ValueError as error:
             raise ValueError(f"{origin}: [{table}] {error}") from None
-    return Recipe(**arguments)
+    try:
+        return Recipe(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with values by dotted name in place of its own."""
+    values = recipe_to_dict(recipe)
+    for key, value in settings.items():
+        _put(values, key, value)
+    return recipe_from_dict(values)
 
 
 def check_setting(key: str) -> None:
@@ -103,12 +118,12 @@ def check_setting(key: str) -> None:
     check_known([key], in_table or setting_names(), "unknown setting")
 
 
-def cleared_alternatives(given: Iterable[str]) -> dict[str, Any]:
-    """What a recipe must forget when `given` settings are about to be set: the other way to say
-    the same, {"train.epochs": None} for "train.steps"."""
+def implied_settings(given: Iterable[str]) -> dict[str, Any]:
+    """What else changes in a recipe when `given` settings are about to be set: {"train.epochs":
+    None} for "train.steps", {"data.source": "folder"} for "data.path". Nothing that is given."""
     given = list(given)
-    pairs = (_ALTERNATIVES[key] for key in given if key in _ALTERNATIVES)
-    return {other: cleared for other, cleared in pairs if other not in given}
+    pairs = (_IMPLIED[key] for key in given if key in _IMPLIED)
+    return {other: value for other, value in pairs if other not in given}
 
 
 def check_known(given: Iterable[str], valid: list[str], what: str) -> None:
@@ -128,8 +143,7 @@ def _tables() -> dict[str, type]:
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """Values of a recipe file laid over those of its base, and the file's name for messages."""
-    is_path = name_or_path.endswith(".toml") or "/" in name_or_path
-    if is_path:
+    if _is_path(name_or_path):
         source = Path(name_or_path)
         if not source.is_file():
             raise FileNotFoundError(
@@ -141,24 +155,40 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
     if name_or_path in seen:
         raise ValueError(f"recipe {name_or_path} is its own base: {' -> '.join(seen)}")
     try:
-        values = tomllib.loads(source.read_text(encoding="utf-8"))
+        # Editors on Windows put a byte order mark first, which TOML itself does not know.
+        values = tomllib.loads(source.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name_or_path} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
+            f"{error.start}): save it in that encoding"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{name_or_path} is not valid TOML: {error}") from None
+    for table in _tables():
+        if not isinstance(values.get(table, {}), dict):
+            raise ValueError(f"{name_or_path}: {table} must be a table, got {values[table]!r}")
     base = values.pop("base", None)
-    if base is None:
-        return values, name_or_path
-    inherited, _ = _read(str(base), (*seen, name_or_path))
-    inherited.pop("name", None)
+    inherited: dict[str, Any] = {}
+    if base is not None:
+        base = str(base)
+        if _is_path(base):
+            base = os.path.normpath(Path(name_or_path).parent / base)
+        inherited, _ = _read(base, (*seen, name_or_path))
+        inherited.pop("name", None)
     for table, entries in values.items():
         if isinstance(entries, dict):
             for key, value in entries.items():
                 _put(inherited, f"{table}.{key}", value)
             names = [f"{table}.{key}" for key in entries]
-            for key, value in cleared_alternatives(names).items():
+            for key, value in implied_settings(names).items():
                 _put(inherited, key, value)
         else:
             inherited[table] = entries
     return inherited, name_or_path
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.endswith(".toml") or "/" in name_or_path
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -188,7 +218,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"{where} must have {len(arguments)} entries, got {value!r}")
         return tuple(_convert(entry, arguments[0], where) for entry in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where} is beyond any float, got {value}") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}")
     return value

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ijepa.checkpoint import versions
 from ijepa.config import Recipe
+from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
 from ijepa.metrics import read_metrics
 from ijepa.progress import format_seconds
@@ -32,9 +33,13 @@ class RunReport:
         images: number of training images.
         seconds: time spent, over all parts of a resumed run.
         skipped_steps: updates left out because something was not finite.
-        unreadable: damaged images met, as "path: reason".
-        chance: task -> accuracy of guessing the most frequent class; empty without labels.
+        unreadable: the first damaged images met, as "path: reason".
+        unreadable_count: how many there were in all.
+        first_step: where this part of a resumed run began; damaged images are counted from there.
+        left_out: FIFOs, sockets and devices among the images, as "path: kind"; never opened.
+        chance: task -> accuracy of guessing the commonest fitted class; empty without probes.
         probes: rows of the closing table, empty without labels.
+        no_probes: why there are none though there are labels.
     """
 
     folder: Path
@@ -43,41 +48,74 @@ class RunReport:
     seconds: float
     skipped_steps: int = 0
     unreadable: Sequence[str] = ()
+    unreadable_count: int = 0
+    first_step: int = 0
+    left_out: Sequence[str] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
     probes: Sequence[ProbeRow] = ()
+    no_probes: str | None = None
 
 
-def write_report(report: RunReport, mask_examples: np.ndarray, console: Console | None) -> None:
-    """Write the files into the run's folder and show the table.
+def write_report(report: RunReport, mask_examples: np.ndarray) -> None:
+    """Write pictures and summary into the run's folder.
 
     Args:
         mask_examples: (H, W, 3) uint8.
-        console: None writes the files in silence.
+
+    Raises:
+        NotWritten: a file finds no room.
     """
-    metrics = read_metrics(report.folder)
-    Image.fromarray(mask_examples).save(report.folder / "masks.png")
-    plotted = importlib.util.find_spec("matplotlib") is not None
-    if plotted:
+    with written_aside(report.folder / "masks.png") as path:
+        Image.fromarray(mask_examples).save(path)
+    if _plots():
         from ijepa.visualize.curves import plot_curves
 
-        plot_curves(
-            metrics,
-            report.folder / "curves.png",
-            title=report.folder.name,
-            mask_examples=mask_examples,
-            chance=next(iter(report.chance.values()), None),
-        )
-    text = summary_text(report, metrics, plotted)
-    (report.folder / "summary.md").write_text(text, encoding="utf-8")
-    if console is None:
-        return
+        with written_aside(report.folder / "curves.png") as path:
+            plot_curves(
+                read_metrics(report.folder),
+                path,
+                title=report.folder.name,
+                mask_examples=mask_examples,
+            )
+    write_summary(report)
+
+
+def write_summary(report: RunReport) -> None:
+    """Write summary.md into the run's folder.
+
+    Raises:
+        NotWritten: there is no room; the old one, if any, is as it was.
+    """
+    text = summary_text(report, read_metrics(report.folder), _plots())
+    write_whole(report.folder / "summary.md", text)
+
+
+def show_incidents(report: RunReport, console: Console) -> None:
+    """What the summary says more about."""
+    if report.unreadable_count:
+        console.print(f"{_unreadable(report)}: see summary.md", highlight=False, markup=False)
+
+
+def show_probes(report: RunReport, console: Console) -> None:
+    """The closing table, or why there is none."""
     if report.probes:
         console.print(closing_rich_table(report))
-    if not plotted:
+    if report.no_probes:
+        console.print(f"No probes: {report.no_probes}.", highlight=False, markup=False)
+
+
+def show_files(report: RunReport, console: Console) -> None:
+    """Where the report is."""
+    if not _plots():
         console.print(PLOTS_NOTE, highlight=False, markup=False)
-    files = "summary.md, curves.png" if plotted else "summary.md, masks.png"
+    files = "summary.md, curves.png" if _plots() else "summary.md, masks.png"
     text = f"Results: {report.folder} ({files}, metrics.jsonl, checkpoints)"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _plots() -> bool:
+    """Whether what draws the curves is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def closing_rich_table(report: RunReport) -> Table:
@@ -100,6 +138,9 @@ def _probe_cells(report: RunReport) -> list[list[str]]:
         header += [f"{prefix}linear probe", f"{prefix}kNN"]
     cells = [header]
     for row in report.probes:
+        if not row.scores:
+            cells.append([row.features, *["not finite"] * (2 * len(tasks))])
+            continue
         scores = [row.scores[task] for task in tasks]
         values = [value for score in scores for value in (score.linear, score.knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
@@ -124,8 +165,11 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
             f"## Accuracy on held-out images ({', '.join(report.chance)})",
             _markdown_table(header, rows),
             "The linear probe is a logistic regression on standardised features; kNN votes among "
-            "20 neighbours by cosine.",
+            "20 neighbours by cosine. The commonest class is that of the images the probes are "
+            "fitted on.",
         ]
+    if report.no_probes:
+        parts += ["## Accuracy on held-out images", f"Not measured: {report.no_probes}."]
     parts += _panel_section(metrics)
     if plotted:
         parts += ["## Curves", "![curves](curves.png)"]
@@ -155,6 +199,7 @@ def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
             ("lowest_std", "std over images, lowest dimension"),
             ("cosine", "mean cosine between images"),
             ("knn", "online kNN accuracy"),
+            ("knn_guessing", "accuracy of guessing on the same images"),
         )
         if name in first and name in last
     ]
@@ -167,13 +212,24 @@ def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _unreadable(report: RunReport) -> str:
+    since = f" from step {report.first_step} on" if report.first_step else ""
+    images = f"{report.unreadable_count:,} of {report.images:,} images"
+    return f"{images} could not be read{since} and were replaced by others"
+
+
 def _incidents(report: RunReport) -> list[str]:
     notes = []
     if report.skipped_steps:
         notes.append(f"{report.skipped_steps} updates were skipped (non-finite loss or gradients).")
-    if report.unreadable:
+    if report.unreadable_count:
         listing = "\n".join(f"- {name}" for name in report.unreadable)
-        notes.append(f"Images that could not be read and were replaced:\n\n{listing}")
+        more = report.unreadable_count - len(report.unreadable)
+        rest = f"\n- and {more:,} more" if more else ""
+        notes.append(f"{_unreadable(report)}:\n\n{listing}{rest}")
+    if report.left_out:
+        listing = "\n".join(f"- {name}" for name in report.left_out[:20])
+        notes.append(f"{len(report.left_out)} left out, being no files:\n\n{listing}")
     return ["## Incidents", *notes] if notes else []
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,27 +18,41 @@ from torch import Tensor
 
 from ijepa import components, distributed
 from ijepa.captured import copied_beside
-from ijepa.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from ijepa.checkpoint import (
+    METADATA,
+    Checkpoint,
+    CheckpointError,
+    holds_checkpoint,
+    save_checkpoint,
+)
 from ijepa.config import Recipe
-from ijepa.data import build_loader
-from ijepa.evaluate.closing import closing_table
+from ijepa.data import TrainingBatch, build_loader
+from ijepa.disk import write_whole
+from ijepa.divergence import TooManySkips, WeightsNotFinite, check_finite
+from ijepa.evaluate.closing import ProbesNotFitted, closing_table
 from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
 from ijepa.mask_sampler import plan_capacities
 from ijepa.metrics import MetricsWriter
 from ijepa.monitor import Panel, collapse_panel
 from ijepa.plan import flops_per_image, known_gpu
-from ijepa.progress import RunProgress
+from ijepa.progress import RunProgress, telling
 from ijepa.recipes import recipe_to_dict
-from ijepa.report import RunReport, write_report
+from ijepa.report import (
+    RunReport,
+    show_files,
+    show_incidents,
+    show_probes,
+    write_report,
+    write_summary,
+)
+from ijepa.resume import resume_command, run_folder_of
+from ijepa.run_folder import RECIPE, put_back, take_away
+from ijepa.run_lock import RunLock
 from ijepa.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
 
 _EXAMPLES = 8  # images that the masks are drawn on
-
-
-class TooManySkips(RuntimeError):
-    """Loss or gradients were not finite for too many steps in a row."""
 
 
 class LateResult:
@@ -80,11 +97,18 @@ class Run:
         console: Console | None,
     ):
         self.device, self.console = device, console
+        self.lock: RunLock | None = None
+        if checkpoint is not None:
+            self._lock(run_folder_of(checkpoint.path))
         micro_batch = components.micro_batch_size(recipe)
         sampler = components.build_mask_sampler(
             recipe.masks, recipe.model.grid, micro_batch, device
         )
-        source = components.open_source(recipe, progress=console is not None)
+        if recipe.data.source == "folder":
+            recipe.check_length()
+        else:
+            recipe.in_steps(recipe.data.num_images)  # before any of them is rendered
+        source = components.open_source(recipe, console)
         self.recipe = recipe = recipe.in_steps(len(source))
         self.source = source
         self.data_id = {"source": recipe.data.source, **components.data_fingerprint(source)}
@@ -102,9 +126,11 @@ class Run:
         )
         self._compilations_noted = 0
         self.first_step, self.seconds_before = 0, 0.0
+        self._saved_step: int | None = None
+        self._save_put_off = False
+        self.unwritten: OSError | None = None  # why the latest save, or the report, is missing
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.folder = self._open_folder(checkpoint)
         self.started = time.perf_counter()
         self.loader = build_loader(
             source,
@@ -120,22 +146,49 @@ class Run:
             accumulate=recipe.train.accumulate,
             pin_memory=device.type == "cuda",
         )
-        self.metrics = self._open_metrics()
+        self._metrics_failing = False
         self.progress = RunProgress(
             console,
             recipe.train.steps,
             self.first_step,
             recipe.train.batch_size,
             images_per_second_at_peak=images_per_second_at_peak(recipe, device),
+            first_is_slow=compiled,
+            smaller=smaller_run(recipe, device),
         )
+        if recipe.data.source == "folder":
+            self.progress.note(f"{len(source):,} images in {recipe.data.path}")
+        self._left_out: tuple[str, ...] = getattr(source, "left_out", ())
+        if self._left_out:
+            named = ", ".join(self._left_out[:5]) + (", ..." if len(self._left_out) > 5 else "")
+            self.progress.note(f"Left out, being no files: {len(self._left_out)} ({named})")
+        if recipe.monitor.every and len(source) < 2:
+            self.progress.note("No collapse panel: it compares images, and there is one alone")
         self._panel_images: tuple[Tensor, Tensor | None] | None = None
+        # Last, so that what fails before leaves no folder behind.
+        self._begins = checkpoint is None
+        self._folder_was_there = (
+            recipe.train.output is not None and Path(recipe.train.output).exists()
+        )
+        self.folder = self._open_folder(checkpoint)
+        try:
+            self.metrics = self._open_metrics()
+        except BaseException:
+            self.metrics = None
+            self.close()
+            raise
+
+    def first(self, what: str, done: int) -> contextlib.AbstractContextManager[None]:
+        """Around the first step of this process: says what goes on where it takes a while."""
+        quick = done > self.first_step + 1
+        return contextlib.nullcontext() if quick else telling(self.console, what)
 
     def batches(self) -> Iterator[tuple[int, list[Tensor], list[MaskBatch]]]:
         """(steps done after it, micro-batches of images, their masks), on the device."""
         images: list[Tensor] = []
         masks: list[MaskBatch] = []
         done, accumulate = self.first_step, self.recipe.train.accumulate
-        pairs = ((batch.images, batch.masks) for batch in self.loader)
+        pairs = ((batch.images, batch.masks) for batch in self._loaded())
         for part, part_masks in copied_beside(pairs, self.device):
             images.append(part)
             masks.append(part_masks)
@@ -143,6 +196,14 @@ class Run:
                 done += 1
                 yield done, images, masks
                 images, masks = [], []
+
+    def _loaded(self) -> Iterator[TrainingBatch]:
+        batches = iter(self.loader)
+        with telling(self.console, "Reading the first batch"):
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
 
     def observe(self, late: LateResult | None) -> None:
         """Show and write down the figures of a step that is over.
@@ -175,10 +236,12 @@ class Run:
                 skipped=int(skipped),
             )
         if in_a_row > self.recipe.optim.max_skipped_steps:
+            first = done - in_a_row + 1
             raise TooManySkips(
                 f"loss or gradients were not finite for {in_a_row} steps in a row, from step "
-                f"{done - in_a_row + 1} on. The weights of before are kept. Try a lower "
-                "schedule.peak_lr, optim.max_grad_norm, or train.precision fp32"
+                f"{first} on. Nothing was saved since. Start again with a lower "
+                "schedule.peak_lr, optim.max_grad_norm, or train.precision fp32",
+                good_before=first - 1,  # the weights after that step are what this began with
             )
 
     def due(self, every: int, done: int) -> bool:
@@ -189,61 +252,160 @@ class Run:
         """The collapse panel, on the first rank."""
         if not distributed.is_main():
             return
+        with telling(self.console, f"Panel on {self.recipe.monitor.images:,} images"):
+            self._look(done)
+
+    def _look(self, done: int) -> None:
         images, labels = self._fixed_images()
+        if images.shape[0] < 2:
+            return  # nothing to compare; said at the start
         features = encoder_features(self.model.target_encoder, images).last
         panel = collapse_panel(features, labels)
         self._write(done, **dataclasses.asdict(panel))
         self.progress.note(panel_line(done, panel))
 
-    def save(self, done: int) -> Path | None:
-        """A checkpoint after `done` steps, by the first rank."""
-        if not distributed.is_main():
-            return None
-        return save_checkpoint(
-            self.folder,
-            done,
-            weights=self.trainer.weights(),
-            state={"trainer": self.trainer.state_dict(), "random": random_states()},
-            metadata={
-                "config": recipe_to_dict(self.recipe),
-                "data": {**self.data_id, "next_step": done},
-                "seconds": self.seconds(),
-            },
-        )
+    def save_due(self, done: int) -> bool:
+        """Whether it is time for a checkpoint.
+
+        While updates are skipped it is put off until one is made again: checkpoints of weights that
+        train no further would soon have pushed out the last good ones.
+        """
+        if not (self._save_put_off or self.due(self.recipe.train.checkpoint_every, done)):
+            return False
+        skipping = bool(self.trainer.consecutive_skips) and done < self.recipe.train.steps
+        if skipping and not self._save_put_off:
+            self.progress.note(f"step {done}: not saved before there are updates again")
+        self._save_put_off = skipping
+        return not skipping
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps, by the first rank, once the log is on the disk.
+
+        Where there is no room it says so and training goes on: the next save tries again.
+
+        Raises:
+            WeightsNotFinite: nothing was written.
+        """
+        if not distributed.is_main() or done == self._saved_step:
+            return
+        weights = self.trainer.weights()
+        check_finite(weights, done)
+        try:
+            self._put_folder_back()
+            self.metrics.sync()
+            save_checkpoint(
+                self.folder,
+                done,
+                weights=weights,
+                state={"trainer": self.trainer.state_dict(), "random": random_states()},
+                metadata={
+                    "config": recipe_to_dict(self.recipe),
+                    "data": {**self.data_id, "next_step": done},
+                    "seconds": self.seconds(),
+                },
+            )
+        except OSError as error:
+            self.unwritten = error
+            self.progress.note(f"step {done}: NOT SAVED, the next save will try again: {error}")
+        else:
+            self.unwritten, self._saved_step = None, done
+
+    def _put_folder_back(self) -> None:
+        lock = put_back(self.folder, self._settings(), self.metrics, self.lock)
+        if lock is not None:
+            self.lock = lock
+            self.progress.note(f"{self.folder} was deleted while the run goes on: it is back, with "
+                               "recipe.json and metrics.jsonl")  # fmt: skip
+
+    def _settings(self) -> str:
+        """The content of recipe.json."""
+        return json.dumps(recipe_to_dict(self.recipe), indent=1)
+
+    def saved(self) -> str | None:
+        """What there is to go on from, as "step 500"; None before the first checkpoint."""
+        return None if self._saved_step is None else f"step {self._saved_step}"
+
+    def rescue(self, late: LateResult | None) -> None:
+        """After a failure: log and save the last whole step. The failure goes on to its catcher."""
+        done = self.trainer.step_index
+        if self.trainer.updating or done == 0:
+            return
+        with contextlib.suppress(TooManySkips, WeightsNotFinite):  # the failure may be one of them
+            self.observe(late)
+            if not self.trainer.consecutive_skips:
+                self.save(done)
+
+    def check_written(self) -> None:
+        """Raise OSError where the last checkpoint, the report or lines of the log are missing."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.unwritten = self.unwritten or self.metrics.failure
+        if self.unwritten is None:
+            return
+        raise self.unwritten
 
     def conclude(self) -> None:
-        """Closing probes, summary and pictures, by the first rank."""
+        """Pictures and summary, then the closing probes, by the first rank.
+
+        In this order: whatever becomes of the probes, what the run did is written down.
+        """
         if not distributed.is_main():
             return
-        recipe, seconds = self.recipe, self.seconds()
-        images = None
-        if recipe.monitor.evaluate:
-            images = components.labelled_images(recipe, self.source, self.console is not None)
-        probes = []
-        if images is not None:
-            self.progress.note("Fitting probes on the target encoder and the baselines ...")
-            untrained = components.build_model(recipe).to(self.device)
-            probes = closing_table(self.model, untrained, images)
         report = RunReport(
             folder=self.folder,
-            recipe=recipe,
+            recipe=self.recipe,
             images=len(self.source),
-            seconds=seconds,
+            seconds=self.seconds(),
             skipped_steps=int(self.trainer.total_skips),
             unreadable=self.loader.unreadable.names,
-            chance=images.chance if images is not None else {},
-            probes=probes,
+            unreadable_count=self.loader.unreadable.count,
+            first_step=self.first_step,
+            left_out=self._left_out,
         )
-        write_report(report, self._mask_examples(), self.console)
+        with self._noting_what_is_unwritten():
+            write_report(report, self._mask_examples())
+        if self.recipe.monitor.evaluate and self.source.labels:
+            report = self._probed(report)
+            with self._noting_what_is_unwritten():
+                write_summary(report)
+        if self.console is not None:
+            show_incidents(report, self.console)
+            show_probes(report, self.console)
+            if self.unwritten is None:
+                show_files(report, self.console)
+
+    def _probed(self, report: RunReport) -> RunReport:
+        """The report with the closing probes, or with why there are none."""
+        try:
+            images = components.labelled_images(self.recipe, self.source, self.console is not None)
+        except ProbesNotFitted as error:
+            return dataclasses.replace(report, no_probes=str(error))
+        self.progress.note("Fitting probes on the target encoder and the baselines ...")
+        untrained = components.build_model(self.recipe).to(self.device)
+        probes = closing_table(self.model, untrained, images)
+        return dataclasses.replace(report, chance=images.chance, probes=probes)
+
+    @contextlib.contextmanager
+    def _noting_what_is_unwritten(self) -> Iterator[None]:
+        """What of the report finds no room is told at the end, by `check_written`."""
+        try:
+            yield
+        except OSError as error:
+            self.unwritten = self.unwritten or error
 
     def seconds(self) -> float:
         """Time spent training, over all parts of a resumed run."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and let others train into the folder; without a step it goes away."""
         if self.metrics is not None:
             self.metrics.close()
+        nothing_done = self._begins and self.trainer.step_index == 0
+        if distributed.is_main() and nothing_done and not holds_checkpoint(self.folder):
+            take_away(self.folder, keep_itself=self._folder_was_there)
+        if self.lock is not None:
+            self.lock.release()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimiser, counters and random states of a checkpoint."""
@@ -254,7 +416,9 @@ class Run:
             set_random_states(checkpoint.state["random"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
-        self.first_step = checkpoint.step
+        self.first_step = self._saved_step = checkpoint.step
+        if distributed.is_main():
+            os.utime(checkpoint.path / METADATA)  # the newest of the run, whatever its step
         self.seconds_before = float(checkpoint.metadata.get("seconds", 0.0))
         if self.trainer.step_index != checkpoint.step:
             raise CheckpointError(
@@ -276,16 +440,24 @@ class Run:
                     f"{saved.get(name)!r} there and {value!r} here"
                 )
 
+    def _lock(self, folder: Path) -> None:
+        """Keep other processes out of the run's folder; refused on all ranks where one is in."""
+
+        def lock() -> None:
+            self.lock = RunLock(folder)
+
+        distributed.on_main(lock)
+
     def _open_folder(self, checkpoint: Checkpoint | None) -> Path:
         """The folder of the run, the same on all ranks."""
-        folder: object = None
         if checkpoint is not None:
-            folder = checkpoint.path.parent.parent
-        elif distributed.is_main():
-            folder = new_run_folder(self.recipe)
-            settings = json.dumps(recipe_to_dict(self.recipe), indent=1)
-            (folder / "recipe.json").write_text(settings, encoding="utf-8")
-        return Path(str(distributed.from_main(folder)))
+            return run_folder_of(checkpoint.path)
+        folder = Path(distributed.on_main(lambda: str(new_run_folder(self.recipe))))
+        self._lock(folder)
+        if distributed.is_main():
+            check_unused(folder)  # again: somebody else's run may have ended since
+            write_whole(folder / RECIPE, self._settings())
+        return folder
 
     def _open_metrics(self) -> MetricsWriter | None:
         if not distributed.is_main():
@@ -295,6 +467,10 @@ class Run:
     def _write(self, done: int, **values) -> None:
         if self.metrics is not None:
             self.metrics.write(done, values)
+            failure = self.metrics.failure or self.metrics.events_failure
+            if failure is not None and not self._metrics_failing:
+                self.progress.note(f"step {done}: {failure}")
+            self._metrics_failing = failure is not None
 
     def _fixed_images(self) -> tuple[Tensor, Tensor | None]:
         """The panel's images and the labels of the first task, read once."""
@@ -322,6 +498,16 @@ def compiles(recipe: Recipe, device: torch.device) -> bool | Literal["blocks"]:
     return "blocks" if recipe.train.compile == "blocks" else recipe.train.compile == "on"
 
 
+def smaller_run(recipe: Recipe, device: torch.device) -> str:
+    """What to try where a recipe would take for ever on this machine."""
+    if device.type == "cuda":
+        return f"Fewer train.epochs, or more GPUs: see `ijepa plan {recipe.name} --gpus N`"
+    words = ["ijepa", "pretrain", "shapes-tiny"]
+    if recipe.data.path is not None:
+        words += ["--data.path", recipe.data.path]
+    return f"Without a GPU a small recipe fits: `{shlex.join(words)}`"
+
+
 def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | None:
     """What the matmul rate of all ranks' GPUs would allow, None where it is not known."""
     gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -334,16 +520,14 @@ def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | N
 def new_run_folder(recipe: Recipe) -> Path:
     """Make train.output, or the first free runs/<name>-<number>.
 
+    A train.output whose run ended before its first checkpoint is taken again.
+
     Raises:
         ValueError: train.output holds a run already.
     """
     if recipe.train.output is not None:
         folder = Path(recipe.train.output)
-        if (folder / "checkpoints").exists():
-            raise ValueError(
-                f"{folder} holds a run already: continue it with `ijepa pretrain --resume {folder}`"
-                " or choose another train.output"
-            )
+        check_unused(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     number = 1
@@ -357,9 +541,22 @@ def new_run_folder(recipe: Recipe) -> Path:
             return folder
 
 
+def check_unused(folder: Path) -> None:
+    """Raise ValueError where a run could go on from the folder."""
+    if holds_checkpoint(folder):
+        raise ValueError(
+            f"{folder} holds a run already: continue it with `{resume_command(folder)}`"
+            " or choose another train.output"
+        )
+
+
 def panel_line(done: int, panel: Panel) -> str:
     """The panel in one line."""
-    knn = "" if panel.knn is None else f"  kNN {100 * panel.knn:.1f} %"
+    if panel.not_finite:
+        return f"step {done}: target features of {panel.not_finite} images are not finite"
+    knn = ""
+    if panel.knn is not None and panel.knn_guessing is not None:
+        knn = f"  kNN {100 * panel.knn:.1f} % (guessing {100 * panel.knn_guessing:.1f} %)"
     return (
         f"step {done}: effective rank {panel.effective_rank:.1f}  std {panel.feature_std:.3f}  "
         f"cosine {panel.cosine:.3f}{knn}"

@@ -6,7 +6,7 @@ The step never waits for the device: what it returns are 0-d tensors, to be read
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,10 @@ class StepResult:
     momentum: float
 
 
+class StepGivenUp(Exception):
+    """A step was left between two of its micro-batches; nothing was updated."""
+
+
 class Trainer:
     """Trains a model step by step, on every rank alike where there are several.
 
@@ -62,6 +66,9 @@ class Trainer:
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.
+        give_up: asked between micro-batches; where it says yes the step raises StepGivenUp.
+        updating: an update was begun and not ended, by an error in its middle: weights, moments and
+            averages may be of different steps.
         compilations: seconds that the first step of each layout of the masks took, with `compile`.
         total_skips, consecutive_skips: 0-d int64 tensors on the model's device. Each step makes
             new ones, so that a reference taken at a step keeps that step's value.
@@ -96,6 +103,8 @@ class Trainer:
         else:
             self.optimizer = make_optimizer(model, optim_config)
         self.step_index = 0
+        self.updating = False
+        self.give_up: Callable[[], bool] = lambda: False
         device = next(model.parameters()).device
         if cuda_graph and (device.type != "cuda" or world_size() > 1):
             raise ValueError(
@@ -145,6 +154,7 @@ class Trainer:
         for part in image_parts:
             self.model.prepare(part.shape[0])
         if self._replayed is not None and len(image_parts) == 1:
+            self.updating = True
             loss = self._replayed(image_parts[0], mask_parts[0])
         else:
             loss = self._update(image_parts, mask_parts)
@@ -156,6 +166,7 @@ class Trainer:
         self.step_index += 1
         self.total_skips = self.total_skips + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped
+        self.updating = False
         return StepResult(loss, grad_norm, skipped, self.consecutive_skips, *values)
 
     def _update(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
@@ -164,6 +175,7 @@ class Trainer:
         if len(images) > 1:
             self._sum_gradients_in_float32()
         loss = self._accumulate(images, masks)
+        self.updating = True
         self.optimizer.step(loss=loss)
         return loss
 
@@ -178,7 +190,9 @@ class Trainer:
         counts = torch.stack([self.model.count_elements(part) for part in masks])
         denominator = sum_over_ranks(counts.sum()).clamp(min=1)
         total = torch.zeros((), device=denominator.device)
-        for part, part_masks in zip(images, masks, strict=True):
+        for number, (part, part_masks) in enumerate(zip(images, masks, strict=True)):
+            if number and self.give_up():
+                raise StepGivenUp
             with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = self._loss(part, part_masks, denominator)
             loss.backward()

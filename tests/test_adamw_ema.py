@@ -419,3 +419,58 @@ def test_step_where_nothing_compiles(fault, monkeypatch):
             optimizer.step()
     stock.step()
     assert torch.allclose(flat(ours), flat(theirs), rtol=1e-6, atol=1e-7)
+
+
+def test_two_modules_are_paired_by_name():
+    source, target = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    optimizer = AdamWEMA(source.parameters(), lr=LR, ema=(target, source), momentum=0.5)
+    source[1].running_mean.fill_(2.0)
+    before = [tensor.detach().clone() for tensor in target.parameters()]
+    set_gradients(list(source.parameters()), 0)
+    optimizer.step()
+    for old, new, moved in zip(before, target.parameters(), source.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), 0.5 * old + 0.5 * moved.detach())
+    assert target[1].running_mean.tolist() == [1.0] * 4
+    assert target[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("ema", "error", "message"),
+    [
+        ({"a": torch.zeros(2)}, TypeError, "ema must be a list of .* got a dict"),
+        (nn.Linear(2, 2), TypeError, "ema must be a list of .* got a module"),
+        ([nn.Linear(2, 2)], TypeError, r"ema pair 0 must be \(target, source\), got a module"),
+        ([(torch.zeros(2), "x")], TypeError, r"ema pair 0\[1\] must be a tensor, got a str"),
+        ((nn.Linear(2, 2), nn.Linear(2, 2, bias=False)), ValueError, "'bias'"),
+    ],
+)
+def test_averages_of_other_things_are_refused_in_words(ema, error, message):
+    with pytest.raises(error, match=message):
+        AdamWEMA(make_parameters(0), ema=ema)
+
+
+@pytest.mark.parametrize("variant", ["amsgrad", "maximize", "differentiable"])
+def test_variants_of_adamw_are_refused_in_words(variant):
+    with pytest.raises(ValueError, match=f"AdamWEMA has no {variant}: leave it out"):
+        AdamWEMA(make_parameters(0), **{variant: True})
+    with pytest.raises(ValueError, match=f"AdamWEMA has no {variant}"):
+        AdamWEMA([{"params": make_parameters(0), variant: True}])
+    AdamWEMA([{"params": make_parameters(0), variant: False}], **{variant: False})
+
+
+def test_what_is_done_anyway_may_be_asked_for():
+    parameters, plain = make_parameters(3), make_parameters(3)
+    asked = AdamWEMA(parameters, foreach=True, fused=True, capturable=True)
+    silent = AdamWEMA(plain, foreach=False, fused=None)
+    for optimizer, members in ((asked, parameters), (silent, plain)):
+        set_gradients(members, 1)
+        optimizer.step()
+    assert torch.equal(flat(parameters), flat(plain))
+
+
+def test_meta_tensors_are_refused_at_the_step():
+    parameter = nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = AdamWEMA([parameter])
+    parameter.grad = torch.zeros(3, device="meta")
+    with pytest.raises(ValueError, match="on the meta device and hold no values"):
+        optimizer.step()

@@ -1,12 +1,14 @@
 """Checkpoints: whole or not at all, and refused by name."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from ijepa import checkpoint as module
 from ijepa.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ijepa.disk import NotWritten
 
 FILES = ("weights.safetensors", "trainer.safetensors", "checkpoint.json")
 
@@ -70,6 +72,50 @@ def test_the_last_two_are_kept_and_latest_points_to_the_newest(tmp_path):
     assert load_checkpoint(tmp_path).step == 2
 
 
+def test_a_run_that_goes_on_from_an_older_one_keeps_what_it_writes(tmp_path):
+    """Step 6 was once dropped as it was written, 8 and 12 being newer, and `latest` named it."""
+    for step in (8, 12, 6):
+        write(tmp_path, step)
+    assert load_checkpoint(tmp_path).step == 6
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["latest", "step-00000006", "step-00000012"]
+
+
+def test_what_a_resumed_run_began_with_outlives_what_it_has_left_behind(tmp_path):
+    """The newest was damaged, the one before is gone on from and then dropped last."""
+    for step in (4, 8):
+        write(tmp_path, step)
+    folders = tmp_path / "checkpoints"
+    (folders / "step-00000008" / "checkpoint.json").write_text("damaged")
+    later = (folders / "step-00000008" / "checkpoint.json").stat().st_mtime_ns + 1
+    os.utime(folders / "step-00000004" / "checkpoint.json", ns=(later, later))  # by resuming
+    write(tmp_path, 6)
+    assert sorted(path.name for path in folders.glob("step*")) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../other/checkpoints/step-00000005", "{other}/step-00000005", "..", "", "step-5/.."],
+)
+def test_latest_leads_nowhere_else(tmp_path, name):
+    write(tmp_path / "run")
+    write(tmp_path / "other")
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.write_text(name.format(other=tmp_path / "other" / "checkpoints"))
+    with pytest.raises(CheckpointError, match="must name a checkpoint beside it, as step-00000500"):
+        load_checkpoint(tmp_path / "run")
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr("ijepa.disk.free_bytes", lambda folder: 12_345)
+    before = sorted((tmp_path / "checkpoints").rglob("*"))
+    with pytest.raises(NotWritten, match=rf"step-00000002 needs .* kB in {tmp_path}/checkpoints, "
+                       "which has 12.3 kB free: make room for"):  # fmt: skip
+        write(tmp_path, 2)
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == before
+
+
 def test_the_same_step_may_be_written_again(tmp_path):
     write(tmp_path, 3)
     weights, _ = write(tmp_path, 3)
@@ -123,7 +169,7 @@ def test_foreign_folders_are_refused(tmp_path):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_write_synced", "_sync"])
+@pytest.mark.parametrize("failing", ["save_file", "write_whole", "sync"])
 def test_a_write_that_is_cut_off_leaves_the_last_one(tmp_path, monkeypatch, failing):
     weights, _ = write(tmp_path, 1)
 
@@ -132,8 +178,9 @@ def test_a_write_that_is_cut_off_leaves_the_last_one(tmp_path, monkeypatch, fail
 
     with monkeypatch.context() as patched:
         patched.setattr(module, failing, fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(NotWritten, match=r"step-00000002 could not .*disk full"):
             write(tmp_path, 2)
+    assert not list((tmp_path / "checkpoints").rglob("*00002*"))
     loaded = load_checkpoint(tmp_path)
     assert loaded.step == 1
     assert_same(loaded.weights["predictor.mask_token"], weights["predictor.mask_token"])

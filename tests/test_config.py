@@ -1,10 +1,12 @@
 """Recipes: what ships, what is refused, how overrides and bases combine."""
 
 import dataclasses
+import re
 
 import pytest
 
 from ijepa.config import (
+    MAX_HEAD_DIM,
     DataConfig,
     MaskConfig,
     ModelConfig,
@@ -137,6 +139,62 @@ def test_values_out_of_range_are_refused(make):
         make()
 
 
+@pytest.mark.parametrize("value", [1e308, 1e38, float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (ModelConfig, "image_mean"),
+        (ModelConfig, "image_std"),
+        (ModelConfig, "patch_init_std"),
+        (OptimConfig, "eps"),
+        (ScheduleConfig, "start_lr"),
+        (ScheduleConfig, "peak_lr"),
+        (ScheduleConfig, "final_lr"),
+        (ScheduleConfig, "weight_decay"),
+        (ScheduleConfig, "final_weight_decay"),
+    ],
+)
+def test_numbers_beyond_sense_are_refused_by_name(config, name, value):
+    """1e308 is finite and turns a run into NaN at its first step."""
+    entries = (0.5, value, 0.5) if name.startswith("image_") else value
+    with pytest.raises(ValueError, match=rf"{name} must .*{re.escape(str(value))}"):
+        config(**{name: entries})
+
+
+def test_heads_are_those_that_the_attention_takes():
+    from masked_vit_kernels import attention_common
+
+    assert MAX_HEAD_DIM == attention_common.MAX_HEAD_DIM
+    for values, got in (({"width": 48, "heads": 4}, 12), ({"width": 272, "heads": 2}, 136),
+                        ({"predictor_width": 40, "predictor_heads": 2}, 20)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"must be a multiple of 8 up to 128, got {got}"):
+            ModelConfig(**values)
+
+
+def test_a_base_that_is_a_file_lies_beside_the_one_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "there" / "mine.toml").write_text('base = "vitb16"\n[model]\ndepth = 2\n')
+    (tmp_path / "there" / "beside.toml").write_text('base = "mine.toml"\n')
+    (tmp_path / "there" / "deep" / "above.toml").write_text('base = "../beside.toml"\n')
+    (tmp_path / "there" / "deep" / "loop.toml").write_text('base = "../deep/loop.toml"\n')
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("there/beside.toml").model.depth == 2
+    assert load_recipe("there/deep/above.toml").model.depth == 2
+    monkeypatch.chdir(tmp_path / "there")
+    assert load_recipe("beside.toml").model.depth == 2
+    with pytest.raises(ValueError, match="its own base"):
+        load_recipe("deep/loop.toml")
+
+
+def test_a_byte_order_mark_is_read_and_latin_1_refused_by_name(tmp_path):
+    text = '# größer\nbase = "vitb16"\n[model]\ndepth = 2\n'
+    (tmp_path / "marked.toml").write_text(text, encoding="utf-8-sig")
+    assert load_recipe(str(tmp_path / "marked.toml")).model.depth == 2
+    (tmp_path / "old.toml").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"old\.toml is not UTF-8 \(byte 0xf6 at position 4\)"):
+        load_recipe(str(tmp_path / "old.toml"))
+
+
 def test_a_file_may_build_on_another_recipe(tmp_path):
     (tmp_path / "mine.toml").write_text('base = "vitb16"\n[train]\nsteps = 7\n[model]\ndepth = 2\n')
     (tmp_path / "more.toml").write_text(
@@ -187,3 +245,18 @@ def test_lengths_that_cannot_be_told_are_refused():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_recipe("shapes-tiny").train.steps = 3
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/tmp/evil", "a\\b", "", ".", "..", "a\nb", "x" * 101]
+)
+def test_a_name_stays_inside_the_folder_of_runs(name):
+    with pytest.raises(ValueError, match="name must be one that a folder can have"):
+        load_recipe("shapes-tiny", {"name": name})
+    assert load_recipe("shapes-tiny", {"name": "Größe 1.5 (b)"}).name == "Größe 1.5 (b)"
+
+
+@pytest.mark.parametrize("output", ["", " "])
+def test_an_output_without_a_name_is_refused(output):
+    with pytest.raises(ValueError, match="output must name a folder"):
+        TrainConfig(output=output)

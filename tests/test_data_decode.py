@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -173,3 +174,28 @@ def test_bombs_are_refused_before_memory_is_taken(photo):
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6)))
     with pytest.raises(ImageError):
         EncodedImage(bomb)
+
+
+def _damaged_tiff(photo) -> bytes:
+    """LZW data in which libtiff meets a code that its table does not have."""
+    data = bytearray(encode(photo, "TIFF", compression="tiff_lzw"))
+    data[40:60] = b"\xff" * 20
+    return bytes(data)
+
+
+def test_decoders_say_nothing_on_the_terminal(photo, capfd, recwarn):
+    with pytest.raises(ImageError):
+        EncodedImage(_damaged_tiff(photo)).decode()
+    palette = photo.quantize(8)
+    palette.info["transparency"] = bytes(range(0, 256, 32))
+    EncodedImage(encode(palette, "PNG")).decode()
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(huge := io.BytesIO(), "PNG")
+    header = bytearray(huge.getvalue())
+    header[16:24] = struct.pack(">II", 10_000, 10_000)  # Pillow warns of a bomb
+    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+    with pytest.raises(ImageError, match="10000x10000 pixels, more than the limit"):
+        EncodedImage(bytes(header))
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"

@@ -1,7 +1,9 @@
 """Folders of images: what is found, how it is labelled, what happens to damaged files."""
 
 import logging
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from ijepa.data import (
     CenterCrop,
+    ImageError,
     RandomResizedCrop,
     Squash,
     build_loader,
@@ -170,3 +173,30 @@ def test_gray_channels(photos):
     assert load_batch(source, np.arange(3), Squash((6, 5))).images.shape == (3, 1, 6, 5)
     with pytest.raises(ValueError, match="channels must be 1 or 3"):
         folder_source(photos, channels=4)
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_never_opened(photos, monkeypatch):
+    """A FIFO named like an image once held the loader for ever."""
+    monkeypatch.chdir(photos)  # a socket's path must be short
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "null.png").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.png")
+        source = folder_source(photos)
+    assert len(source) == 8
+    assert source.left_out == (
+        f"{photos}/null.png: character device",
+        f"{photos}/pipe.jpg: FIFO",
+        f"{photos}/socket.png: socket",
+    )
+    os.remove(photos / "flower.jpg")  # and one that takes a file's place later
+    os.mkfifo(photos / "flower.jpg")
+    with pytest.raises(ImageError, match=r"^FIFO, not a file$"):
+        source.open(7)
+
+
+def test_a_folder_of_nothing_but_fifos_says_so(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"no images in .*only other files \(1 FIFO\)"):
+        folder_source(tmp_path)

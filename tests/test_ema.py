@@ -68,6 +68,39 @@ def test_what_is_refused():
             ema_update_(targets, sources, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("targets", "sources", "error", "message"),
+    [
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(2)}, TypeError, "targets must be .* got a dict"),
+        (nn.Linear(2, 2), [torch.zeros(2)], TypeError, "targets must be .* got a module"),
+        ([torch.zeros(2)], nn.Linear(2, 2), TypeError, "sources must be .* got a module"),
+        ([nn.Linear(2, 2)], [nn.Linear(2, 2)], TypeError, r"targets\[0\] must be a tensor"),
+        (3, 4, TypeError, "targets must be a list of tensors, got a int"),
+        (
+            [torch.zeros(2, device="meta")],
+            [torch.zeros(2, device="meta")],
+            ValueError,
+            "pair 0: tensors on the meta device hold no values",
+        ),
+        (nn.Linear(2, 2), nn.Linear(2, 2, bias=False), ValueError, r"only one of .*'bias'"),
+    ],
+)
+def test_other_things_than_tensors_are_refused_in_words(targets, sources, error, message):
+    with pytest.raises(error, match=message):
+        ema_update_(targets, sources, 0.5)
+
+
+def test_two_modules_are_averaged_by_name():
+    target, source = (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    source[1].num_batches_tracked.fill_(7)
+    expected = [0.75 * t.detach() + 0.25 * s.detach() for t, s in zip(
+        target.parameters(), source.parameters(), strict=True)]  # fmt: skip
+    ema_update_(target, source, 0.75)
+    for tensor, mean in zip(target.parameters(), expected, strict=True):
+        torch.testing.assert_close(tensor.detach(), mean)
+    assert target[1].num_batches_tracked == 7
+
+
 def test_modules_are_matched_by_name_or_refused():
     class Wrapper(nn.Module):
         def __init__(self, inner):

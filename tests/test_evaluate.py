@@ -5,7 +5,8 @@ import torch
 from small_runs import small_recipe
 
 from ijepa.evaluate import encoder_features, knn_accuracy, linear_probe_accuracy, pixel_features
-from ijepa.evaluate.closing import LabelledImages, closing_table
+from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted, closing_table
+from ijepa.evaluate.guessing import commonest_class_accuracy
 from ijepa.model import IJEPA
 
 
@@ -129,3 +130,30 @@ def test_the_closing_table_has_every_row_and_every_task(model):
         assert set(row.scores) == {"left", "right"}
         assert row.scores["left"].linear == 1.0
     assert rows[0].scores != rows[2].scores or rows[1].scores != rows[3].scores
+
+
+def test_guessing_knows_the_fitted_labels_alone():
+    """Four balanced classes; the draw that is held out happens to have many of one of them."""
+    labels = torch.arange(4).repeat_interleave(75)
+    held_out = torch.zeros(300, dtype=torch.bool)
+    for label, count in enumerate((9, 13, 15, 23)):  # 38.3 % are of class 3
+        held_out[(labels == label).nonzero()[:count]] = True
+    fitted, test = {"class": labels[~held_out]}, {"class": labels[held_out]}
+    images = torch.zeros(300, 3, 4, 4, dtype=torch.uint8)
+    probed = LabelledImages(images[~held_out], fitted, images[held_out], test)
+    assert probed.chance == {"class": pytest.approx(9 / 60)}
+    assert commonest_class_accuracy(test["class"], fitted["class"]) == pytest.approx(52 / 240)
+
+
+def test_labels_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="got 0 fitted and 3 test labels"):
+        commonest_class_accuracy(torch.zeros(0).long(), torch.zeros(3).long())
+
+
+@pytest.mark.parametrize(("fitted", "tested"), [(1, 1), (2, 0), (0, 5)])
+def test_too_few_images_for_probes_are_counted(fitted, tested):
+    images, labels = torch.zeros(9, 3, 4, 4, dtype=torch.uint8), torch.zeros(9).long()
+    with pytest.raises(ProbesNotFitted, match=f"there are {fitted} and {tested}"):
+        LabelledImages(
+            images[:fitted], {"a": labels[:fitted]}, images[:tested], {"a": labels[:tested]}
+        )

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ijepa.monitor import collapse_panel, effective_rank, mean_cosine
+from ijepa.monitor import Panel, collapse_panel, effective_rank, mean_cosine
+from ijepa.run import panel_line
 
 
 def test_effective_rank_counts_equal_directions():
@@ -43,6 +44,14 @@ def test_a_collapse_shows_in_every_figure():
     assert good.cosine < 0.5 < 0.999 < bad.cosine
     assert good.feature_std > 0.1 > 1e-4 > bad.feature_std >= bad.lowest_std
     assert good.knn == 1.0 and bad.knn < 0.7
+    assert good.knn_guessing == bad.knn_guessing == 0.25
+
+
+def test_guessing_beside_the_knn_takes_the_commonest_of_its_neighbours():
+    labels = torch.tensor([2, 2, 0, 1, 0, 1])  # fitted on the first three, asked about the others
+    assert collapse_panel(torch.randn(6, 4), labels).knn_guessing == 0.0
+    other = torch.tensor([0, 1, 1, 1, 0, 2])
+    assert collapse_panel(torch.randn(6, 4), other).knn_guessing == pytest.approx(1 / 3)
 
 
 def test_std_is_taken_over_images_dimension_by_dimension():
@@ -58,3 +67,14 @@ def test_std_is_taken_over_images_dimension_by_dimension():
 def test_features_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match="features must have shape"):
         collapse_panel(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_counted(value):
+    """The singular values of such features once ended the run."""
+    features = torch.randn(20, 6)
+    features[[3, 7], 2] = value
+    panel = collapse_panel(features, torch.arange(20) % 4)
+    assert panel == Panel(not_finite=2)
+    assert panel_line(5, panel) == "step 5: target features of 2 images are not finite"
+    assert collapse_panel(torch.randn(20, 6)).not_finite is None

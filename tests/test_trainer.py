@@ -21,7 +21,7 @@ CONFIG = ModelConfig(
     heads=2,
     predictor_width=8,
     predictor_depth=1,
-    predictor_heads=2,
+    predictor_heads=1,
 )
 SCHEDULE = ScheduleConfig(total_steps=20, warmup_steps=2)
 CONTEXT = [[0, 1, 5], [2, 3, 4, 5, 6, 11], [8], [9, 14]]

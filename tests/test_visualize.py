@@ -1,6 +1,7 @@
 """Pictures of a run: masks on images, and curves."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from small_runs import small_recipe
 
 from ijepa.mask_batch import MaskBatch
-from ijepa.report import PLOTS_NOTE, RunReport, write_report
+from ijepa.report import PLOTS_NOTE, RunReport, show_files, write_report
 from ijepa.visualize import draw_mask_examples
 
 
@@ -51,7 +52,8 @@ def test_grey_and_many_channels_are_drawn(batch):
 def lines():
     metrics = [{"step": s, "loss": 1 / s, "lr": 1e-3, "grad_norm": 2.0} for s in range(1, 60)]
     panel = {"effective_rank": 3.0, "feature_std": 0.1, "lowest_std": 0.01, "cosine": 0.5}
-    return [*metrics, {"step": 30, **panel, "knn": 0.2}, {"step": 59, **panel, "knn": 0.3}]
+    knn = {"knn": 0.3, "knn_guessing": 0.1}
+    return [*metrics, {"step": 30, **panel, **knn}, {"step": 59, **panel, **knn}]
 
 
 @pytest.mark.parametrize("metrics", [lines(), lines()[:59], []], ids=["all", "no panel", "none"])
@@ -60,11 +62,33 @@ def test_curves_are_drawn_whatever_is_there(batch, metrics, tmp_path):
     from ijepa.visualize.curves import plot_curves
 
     sheet = draw_mask_examples(*batch)
-    plot_curves(metrics, tmp_path / "curves.png", title="run", mask_examples=sheet, chance=0.1)
-    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    plot_curves(metrics, tmp_path / "curves.png", title="run", mask_examples=sheet)
+    opened = Image.open(tmp_path / "curves.png")
+    assert opened.info["Title"] == "run"
+    picture = np.asarray(opened.convert("RGB"))
     assert picture.shape[1] > 1000
     blue = np.abs(picture.astype(int) - [0x2E, 0x86, 0xC1]).sum(axis=2) < 12  # the loss's line
     assert bool(blue[: len(picture) // 3].any()) == bool(metrics)
+
+
+def test_the_line_of_guessing_is_the_panels_own(monkeypatch, tmp_path):
+    """Not that of the closing probes, which see other images."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    from ijepa.visualize.curves import plot_curves
+
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda _axis, y, **_style: drawn.append(y))
+    plot_curves(lines(), tmp_path / "curves.png", title="run")
+    assert drawn == [pytest.approx(10.0)]
+    plot_curves(lines()[:59], tmp_path / "curves.png", title="run")
+    assert len(drawn) == 1
+
+
+def test_the_readme_shows_the_picture_of_a_run_as_the_demo_names_it():
+    picture = Image.open(Path(__file__).parent.parent / "docs" / "demo.png")
+    assert picture.info["Title"] == "shapes-tiny-001"
 
 
 def test_the_running_mean_is_that_of_the_last_values():
@@ -85,7 +109,8 @@ def test_without_matplotlib_the_report_says_so(batch, tmp_path, monkeypatch):
     recipe = small_recipe(tmp_path).in_steps(32)
     console = Console(record=True, width=120)
     report = RunReport(folder=tmp_path, recipe=recipe, images=32, seconds=2.0)
-    write_report(report, draw_mask_examples(*batch), console)
+    write_report(report, draw_mask_examples(*batch))
+    show_files(report, console)
     assert PLOTS_NOTE in console.export_text()
     assert not (tmp_path / "curves.png").exists() and (tmp_path / "masks.png").exists()
     assert PLOTS_NOTE in (tmp_path / "summary.md").read_text()

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ijepa.data import scene_layout, scenes, shapes
 from ijepa.data.sources import ArraySource, FileSource
+from ijepa.disk import not_written
 
 _CHUNK = 50  # images rendered by one task
 _MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a data set is held in memory
@@ -251,10 +252,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    """Write aside, flush to disk, rename."""
+    """Write aside, flush to disk, rename; NotWritten where that fails, and nothing is left."""
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise not_written(path.name, path.parent, error) from None

@@ -7,7 +7,11 @@ orientation), it comes out upright with the number of channels asked for.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -46,13 +50,15 @@ class EncodedImage:
             height, width = header
             self._orientation = _jpeg_orientation(data)
         else:
-            self._pillow = _open_with_pillow(data)
+            with _unheard():
+                self._pillow = _open_with_pillow(data)
             width, height = self._pillow.size
         # Checked before the orientation: for PNG, reading EXIF reads the pixels.
         if height * width > max_pixels:
             raise ImageError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
         if self._pillow is not None:
-            self._orientation = _pillow_orientation(self._pillow)
+            with _unheard():
+                self._orientation = _pillow_orientation(self._pillow)
             width, height = self._pillow.size
         turned = self._orientation in _QUARTER_TURNED
         self.height, self.width = (width, height) if turned else (height, width)
@@ -74,7 +80,8 @@ class EncodedImage:
             # between segments. Pillow reads those files and refuses the truncated ones.
             self._pillow = _open_with_pillow(self._data)
         try:
-            pixels = _pillow_pixels(self._pillow, self.channels)
+            with _unheard(libtiff=self._pillow.format == "TIFF"):
+                pixels = _pillow_pixels(self._pillow, self.channels)
         except Exception as error:  # a damaged file can raise almost anything
             raise ImageError(str(error) or type(error).__name__) from error
         return _upright(pixels, self._orientation)
@@ -91,6 +98,24 @@ class EncodedImage:
             )
         except (ValueError, KeyError):  # KeyError: a header cut off too early
             return None
+
+
+@contextlib.contextmanager
+def _unheard(libtiff: bool = False) -> Iterator[None]:
+    """Keep what decoders say about odd files off the terminal, where it would cut through the
+    progress display; what makes a file unreadable is an exception.
+
+    Args:
+        libtiff: it writes from C to the process's stderr, which is then turned away as well.
+    """
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if libtiff:
+            stack.callback(os.close, null := os.open(os.devnull, os.O_WRONLY))
+            stack.callback(os.close, kept := os.dup(2))
+            stack.callback(os.dup2, kept, 2)
+            os.dup2(null, 2)
+        yield
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:

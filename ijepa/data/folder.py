@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ijepa.data.decode import MAX_PIXELS
+from ijepa.data.regular_files import kind_of_file
 from ijepa.data.sources import FileSource
 
 EXTENSIONS = frozenset(
@@ -31,7 +32,8 @@ def folder_source(
 
     If all images lie in two or more folders below `path`, each first-level folder is a class of
     the task "class". Otherwise there are no labels. Hidden files and folders are skipped, links
-    are followed.
+    are followed. FIFOs, sockets and devices are never opened, whatever they are called; `left_out`
+    of the source names them.
 
     Raises:
         ValueError: no such folder, or no image in it; the message says what to try.
@@ -39,7 +41,7 @@ def folder_source(
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(_not_a_folder(root))
-    paths, others = _scan(root)
+    paths, others, left_out = _scan(root)
     if not paths:
         raise ValueError(_no_images(root, others))
     labels, class_names = _labels_from_folders(paths)
@@ -51,13 +53,16 @@ def folder_source(
         channels=channels,
         max_pixels=max_pixels,
         cache_bytes=cache_bytes,
+        left_out=left_out,
     )
 
 
-def _scan(root: Path) -> tuple[list[str], Counter]:
-    """Sorted relative paths of the images, and how many other files had which extension."""
+def _scan(root: Path) -> tuple[list[str], Counter, list[str]]:
+    """Sorted relative paths of the images, how many other files had which extension, and
+    "path: what it is" of everything named like an image that is no file."""
     paths: list[str] = []
     others: Counter = Counter()
+    left_out: list[str] = []
     visited: set[str] = set()  # real paths: a link to a parent folder must not loop
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -68,16 +73,32 @@ def _scan(root: Path) -> tuple[list[str], Counter]:
         # In order, so that of two links to one folder it is always the same that counts.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = os.path.relpath(folder, root)
+        special = _special_files(folder)
         for name in files:
             if name.startswith("."):
                 continue
             extension = os.path.splitext(name)[1].lower()
-            if extension in EXTENSIONS:
+            if name in special:
+                others[special[name]] += 1
+                if extension in EXTENSIONS:
+                    left_out.append(f"{os.path.join(folder, name)}: {special[name]}")
+            elif extension in EXTENSIONS:
                 paths.append(name if prefix == "." else os.path.join(prefix, name))
             else:
                 others[extension or "no extension"] += 1
     paths.sort()
-    return paths, others
+    return paths, others, sorted(left_out)
+
+
+def _special_files(folder: str) -> dict[str, str]:
+    """Name to kind of what in a folder is neither a file nor a folder.
+
+    Most file systems tell the kind with the name: no file is looked at for it.
+    """
+    with os.scandir(folder) as entries:
+        odd = [entry for entry in entries if not entry.is_file() and not entry.is_dir()]
+    kinds = ((entry.name, kind_of_file(entry.path)) for entry in odd)
+    return {name: kind for name, kind in kinds if kind is not None}
 
 
 def _labels_from_folders(paths: list[str]) -> tuple[dict, dict]:

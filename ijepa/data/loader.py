@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -28,6 +29,7 @@ from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data.augment import Transform
 from ijepa.data.batch import batch_labels, load_batch
 from ijepa.data.sources import ImageSource
+from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
 _PREFETCHED = 2  # batches a worker prepares ahead
@@ -145,19 +147,57 @@ class Loader:
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.steps_per_epoch = steps.steps_per_epoch
         self.unreadable = UnreadableImages()
+        self._workers: list[multiprocessing.process.BaseProcess] = []
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        with _blocked(signal.SIGTERM):  # the workers inherit this, see _start_worker
-            batches = iter(self._data_loader())
-        for batch, unreadable in batches:
+        """The batches; workers that die are replaced once.
+
+        Raises:
+            WorkerDied: for the second time.
+        """
+        item, replaced = self._start_step * self._steps.accumulate, False
+        batches = self._start(item)
+        while True:
+            try:
+                made = next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._num_workers or not is_death_of_a_worker(error):
+                    raise
+                if replaced:
+                    raise WorkerDied(
+                        f"a data worker died for the second time ({error}): killed for want of "
+                        "memory, or by an image? Try fewer data.workers, or 0"
+                    ) from error
+                _logger.warning("%s: new workers make its batches again", error)
+                batches, replaced = self._start(item), True
+                continue
+            except BaseException as error:
+                if not isinstance(error, Exception):  # a stop: they may hang in a dead file system,
+                    self._kill_workers()  # and the end of the process would wait for them
+                raise
+            if made is None:
+                return
+            item += 1
+            batch, unreadable = made
             self.unreadable.add(self._steps.source, unreadable)
             yield batch
 
-    def _data_loader(self) -> torch.utils.data.DataLoader:
-        accumulate = self._steps.accumulate
-        steps: Iterable[int] = itertools.count(self._start_step * accumulate)
+    def _start(self, item: int) -> Iterator:
+        """Batches from this one on, with workers of their own."""
+        before = multiprocessing.active_children()
+        with _blocked(signal.SIGTERM), deaths_seen_while_waiting():  # see _start_worker
+            batches = iter(self._data_loader(item))
+        self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        return batches
+
+    def _kill_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def _data_loader(self, first: int) -> torch.utils.data.DataLoader:
+        steps: Iterable[int] = itertools.count(first)
         if self._end_step is not None:
-            steps = range(self._start_step * accumulate, self._end_step * accumulate)
+            steps = range(first, self._end_step * self._steps.accumulate)
         workers = self._num_workers
         if workers:
             _allow_open_files(workers * (_PREFETCHED + 1) * _TENSORS_PER_BATCH)
@@ -215,14 +255,16 @@ class _StepDataset(torch.utils.data.Dataset):
 def _start_worker(worker: int) -> None:
     """One thread a worker, and no say in how the run ends: the main process sees to that.
 
-    Ctrl-C and a scheduler's SIGTERM reach the whole process group. A worker that died of one would
-    break the main process while it saves. But a worker must obey the SIGTERM of its own parent,
+    Ctrl-C, a closed terminal and a scheduler's SIGTERM reach the whole process group. A worker that
+    died of one would break the main process while it saves. But a worker must obey the SIGTERM of
+    its own parent,
     which is how multiprocessing ends the workers of an iterator nobody finished; ignoring that
     one would leave the parent waiting for ever. So SIGTERM is blocked from before the fork on, in
     every thread that libraries may start, and one thread looks at who sent it.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM ends the worker
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
     else:

@@ -15,6 +15,7 @@ import numpy as np
 import torch.utils.data
 
 from ijepa.data.decode import MAX_PIXELS, EncodedImage, ImageError
+from ijepa.data.regular_files import read_regular_file
 
 
 class OpenedImage(Protocol):
@@ -98,6 +99,7 @@ class FileSource:
         cache_bytes: decoded pixels kept in memory over all the data workers of one loader. Nothing
             is evicted: under random access over a set that does not fit, keeping the first
             images is as good as any policy.
+        left_out: "path: what it is" of what was found beside the images and is no file.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class FileSource:
         channels: int = 3,
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = 256 << 20,
+        left_out: Sequence[str] = (),
     ):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3 for image files, got {channels}")
         self.root = root
         self.channels = channels
         self.max_pixels = max_pixels
+        self.left_out = tuple(left_out)
         self._paths = _PackedStrings(paths)
         self._cache = _PixelCache(cache_bytes)
         self.labels, self.class_names = _checked_labels(len(paths), labels, class_names)
@@ -135,7 +139,7 @@ class FileSource:
 
     def _read(self, index: int) -> EncodedImage:
         try:
-            data = (self.root / self._paths[index]).read_bytes()
+            data = read_regular_file(self.root / self._paths[index])
         except OSError as error:
             raise ImageError(error.strerror or str(error)) from error
         return EncodedImage(data, self.channels, self.max_pixels)

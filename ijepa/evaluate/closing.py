@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ijepa.evaluate.features import encoder_features, pixel_features
+from ijepa.evaluate.guessing import commonest_class_accuracy
 from ijepa.evaluate.knn import knn_accuracy
 from ijepa.evaluate.linear import linear_probe_accuracy
 from ijepa.model import IJEPA
+
+
+class ProbesNotFitted(ValueError):
+    """There is too little to fit probes on or to test them with; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,9 @@ class LabelledImages:
     Attributes:
         train_images, test_images: (n, C, Hi, Wi) and (m, C, Hi, Wi) uint8.
         train_labels, test_labels: task -> (n,) and task -> (m,) int64.
+
+    Raises:
+        ProbesNotFitted: fewer than two images to fit on, or none to test with.
     """
 
     train_images: Tensor
@@ -27,12 +35,20 @@ class LabelledImages:
     test_images: Tensor
     test_labels: Mapping[str, Tensor]
 
+    def __post_init__(self):
+        fitted, tested = self.train_images.shape[0], self.test_images.shape[0]
+        if fitted < 2 or tested < 1:
+            raise ProbesNotFitted(
+                f"probes need two labelled images to fit on and one to test with, "
+                f"there are {fitted} and {tested}"
+            )
+
     @property
     def chance(self) -> dict[str, float]:
-        """Task -> accuracy of always guessing the most frequent class of the test images."""
+        """Task -> accuracy on the test images of guessing the commonest class of the others."""
         return {
-            task: labels.bincount().max().item() / labels.shape[0]
-            for task, labels in self.test_labels.items()
+            task: commonest_class_accuracy(labels, self.test_labels[task])
+            for task, labels in self.train_labels.items()
         }
 
 
@@ -46,7 +62,8 @@ class ProbeScores:
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One line of the table: what was probed, and the scores for each task."""
+    """One line of the table: what was probed, and the scores for each task; none where features
+    are not finite."""
 
     features: str
     scores: dict[str, ProbeScores]
@@ -72,7 +89,9 @@ def closing_table(trained: IJEPA, untrained: IJEPA, images: LabelledImages) -> l
 
 
 def _probe(name: str, train: Tensor, test: Tensor, images: LabelledImages) -> ProbeRow:
-    scores = {}
+    scores: dict[str, ProbeScores] = {}
+    if not (train.isfinite().all() and test.isfinite().all()):
+        return ProbeRow(name, scores)
     for task, train_labels in images.train_labels.items():
         labelled = (train, train_labels, test, images.test_labels[task])
         scores[task] = ProbeScores(linear_probe_accuracy(*labelled), knn_accuracy(*labelled))

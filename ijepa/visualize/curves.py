@@ -21,14 +21,13 @@ def plot_curves(
     *,
     title: str,
     mask_examples: np.ndarray | None = None,
-    chance: float | None = None,
 ) -> None:
     """Draw a run's metrics into a PNG file.
 
     Args:
         metrics: lines of metrics.jsonl.
+        title: above the curves, and in the file's metadata.
         mask_examples: (H, W, 3) uint8 from `draw_mask_examples`.
-        chance: accuracy of guessing, drawn beside the kNN's.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -57,10 +56,10 @@ def plot_curves(
         _draw_line(axes[2], metrics, "grad_norm", "gradient norm", _MUTED, smooth=True)
         _draw_line(axes[3], metrics, "effective_rank", "effective rank (RankMe)", _PURPLE, "o")
         _draw_spread(axes[4], metrics)
-        _draw_knn(axes[5], metrics, chance)
+        _draw_knn(axes[5], metrics)
         if mask_examples is not None:
             _draw_masks(figure.add_subplot(grid[2, :]), mask_examples)
-        figure.savefig(path, dpi=110, facecolor="white")
+        figure.savefig(path, dpi=110, facecolor="white", metadata={"Title": title})
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -121,16 +120,17 @@ def _draw_spread(axis, metrics) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_knn(axis, metrics, chance: float | None) -> None:
+def _draw_knn(axis, metrics) -> None:
     _prepare(axis, "online kNN accuracy")
     steps, values = _series(metrics, "knn")
     if not len(values):
         axis.text(0.5, 0.5, "no labels", ha="center", color=_MUTED, transform=axis.transAxes)
         return
     axis.plot(steps, 100 * values, color=_GREEN, linewidth=1.8, marker="o", markersize=4)
-    if chance is not None:
-        axis.axhline(100 * chance, color=_MUTED, linewidth=1, linestyle="--")
-        axis.text(steps[-1], 100 * chance, "chance ", ha="right", va="bottom", color=_MUTED)
+    guessing = _series(metrics, "knn_guessing")[1]  # of the same images, so one value
+    if len(guessing):
+        axis.axhline(100 * guessing[-1], color=_MUTED, linewidth=1, linestyle="--")
+        axis.text(steps[-1], 100 * guessing[-1], "guessing ", ha="right", va="bottom", color=_MUTED)
     axis.yaxis.set_major_formatter("{x:.0f} %")
     _start_at_zero(axis)
 

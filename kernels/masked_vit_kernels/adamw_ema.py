@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from masked_vit_kernels import adamw_ema_cpu
@@ -42,6 +42,7 @@ from masked_vit_kernels.adamw_ema_slots import (
     complete_state,
     conform,
 )
+from masked_vit_kernels.ema_arguments import pair_list
 from masked_vit_kernels.multi_tensor import local
 
 UNTRAINED_MASTERS = "untrained_ema_masters"  # state entry: averages of untrained bf16 partners
@@ -57,14 +58,23 @@ class AdamWEMA(torch.optim.Optimizer):
         params: parameters or parameter groups, float32, bfloat16 or float16. Groups may set their
             own lr, betas, eps and weight_decay; LR schedulers work as with any optimiser.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        ema: (target, source) pairs of one shape. A source is usually a parameter of the optimiser;
-            one that is not (a frozen parameter, a buffer) is averaged all the same.
+        ema: (target, source) pairs of one shape, or one (target, source) pair of modules, whose
+            parameters and floating-point buffers are matched by name. A source is usually a
+            parameter of the optimiser; one that is not (a frozen parameter, a buffer) is averaged
+            all the same.
         momentum: weight of the old average; an attribute, a float or a 0-d tensor.
         max_grad_norm: clip the global gradient norm to this; None never clips. Gradients
             themselves are left as they are.
         process_group: ranks that must skip a step together (data parallelism). Gradients that are
             DTensor shards are summed over their own mesh besides.
         compile_on_cpu: compile the CPU update; None decides by the number of elements.
+        foreach, fused, capturable: accepted for `torch.optim.AdamW`'s sake: all parameters are
+            updated together, in one pass, and the step can be captured, whatever is said here.
+        amsgrad, maximize, differentiable: False; True is refused, here and in a group.
+
+    Raises:
+        TypeError: `ema` is something else.
+        ValueError: a value out of range or a variant that there is not.
 
     Attributes:
         grad_norm: 0-d float32, the norm before clipping.
@@ -81,12 +91,20 @@ class AdamWEMA(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        ema: Sequence[tuple[Tensor, Tensor]] = (),
+        ema: Sequence[tuple[Tensor, Tensor]] | tuple[nn.Module, nn.Module] = (),
         momentum: float | Tensor = 0.996,
         max_grad_norm: float | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         compile_on_cpu: bool | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
     ):
+        variants = {"amsgrad": amsgrad, "maximize": maximize, "differentiable": differentiable}
+        _refuse_variants(variants)
         _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm)
         self._plan: Plan | None = None
         self._tables: DeviceTables | None = None
@@ -103,6 +121,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; its EMA pairs, if any, follow by `add_ema_pairs`."""
+        _refuse_variants(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
@@ -113,13 +132,17 @@ class AdamWEMA(torch.optim.Optimizer):
                 )
         self._plan = None
 
-    def add_ema_pairs(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Average further (target, source) pairs.
+    def add_ema_pairs(
+        self, pairs: Sequence[tuple[Tensor, Tensor]] | tuple[nn.Module, nn.Module]
+    ) -> None:
+        """Average further (target, source) pairs, or those of two modules.
 
         Raises:
+            TypeError: neither pairs of tensors nor two modules.
             ValueError: shapes differ, a tensor occurs twice as target or twice as source, or a
                 target is itself a parameter of the optimiser.
         """
+        pairs = pair_list(pairs)
         trained = {id(p) for p in self._parameters()}
         targets = {id(target) for target, _ in self._pairs}
         sources = {id(source) for _, source in self._pairs}
@@ -131,7 +154,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 raise ValueError(f"ema pair {position}: the target is itself being optimised")
             targets.add(id(target))
             sources.add(id(source))
-        self._pairs += list(pairs)
+        self._pairs += pairs
         self._plan = None
 
     @torch.no_grad()
@@ -195,9 +218,7 @@ class AdamWEMA(torch.optim.Optimizer):
             ValueError: the state belongs to a variant (amsgrad, maximize) or does not fit.
         """
         for group in state_dict["param_groups"]:
-            for variant in ("amsgrad", "maximize"):
-                if group.get(variant):
-                    raise ValueError(f"AdamWEMA has no {variant}, the loaded state uses it")
+            _refuse_variants(group)
         super().load_state_dict(state_dict)
         # Optimizer.load_state_dict has cast the state to the parameters' dtype: take it again.
         saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
@@ -247,6 +268,11 @@ class AdamWEMA(torch.optim.Optimizer):
     def _current_plan(self) -> Plan:
         """The plan, built anew where a tensor was added, loaded or moved since."""
         tensors = self._parameters() + list(chain.from_iterable(self._pairs))
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(
+                "parameters or averages are on the meta device and hold no values: give them some, "
+                "for instance by module.to_empty(device=...) and a checkpoint, before the step"
+            )
         placement = [local(tensor).data_ptr() for tensor in tensors]
         if self._plan is None or self._plan.placement != placement:
             if _is_capturing():
@@ -375,6 +401,13 @@ def _runs_kernels(device: torch.device) -> bool:
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_variants(settings: dict) -> None:
+    """Raise ValueError where a variant of AdamW is asked for that this optimiser does not have."""
+    for name in ("amsgrad", "maximize", "differentiable"):
+        if settings.get(name):
+            raise ValueError(f"AdamWEMA has no {name}: leave it out, or take torch.optim.AdamW")
 
 
 def _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from masked_vit_kernels import cpu
 from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
+from masked_vit_kernels.attention_checks import Side, check_attention
 from masked_vit_kernels.attention_common import MAX_HEAD_DIM, WIDEST_TUNED, readable
 from masked_vit_kernels.attention_forward import forward_launch
 from masked_vit_kernels.launch import AuditCase, check_dtype, check_same_device, check_shape
@@ -159,14 +160,14 @@ def varlen_attention(
     """Attention of each sequence's queries over its own keys.
 
     Args:
-        q: (Tq, H, D), D a multiple of 8 up to 128; float32, float16 or bfloat16. Strided views are
-            read in place where their strides are multiples of 8 elements.
+        q: (Tq, H, D), D a multiple of 8 up to 128; float32, float16 or bfloat16, on the CPU also
+            float64. Strided views are read in place where their strides are multiples of 8.
         k, v: (Tk, H, D).
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, first row of each sequence.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
         packing_q, packing_k: the same sequences as `Packing`s, whose tile maps keep long and short
             sequences balanced; without them the grid covers the upper bounds.
-        softmax_scale: positive; default: D ** -0.5.
+        softmax_scale: positive and finite; default: D ** -0.5.
         return_lse: also return the LSE.
 
     Returns:
@@ -174,8 +175,13 @@ def varlen_attention(
         `return_lse` also (H, Tq) fp32 natural-log LSE, -inf there, not differentiable.
 
     Raises:
-        ValueError: wrong shapes, dtypes, devices, bounds or scale.
+        ValueError: wrong shapes, dtypes, devices or scale. Sequences that leave the rows, exceed
+            their bound or are not the packing's: on the CPU; on a GPU where
+            MASKED_VIT_KERNELS_CHECK=1 lets them be looked at, else they are not noticed.
     """
+    queries = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
+    keys = Side("k", k.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
+    check_attention(q.shape[-1], softmax_scale, queries, keys)
     if q.device.type == "cpu":
         return cpu.varlen_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packing_q=packing_q,
@@ -200,6 +206,8 @@ def varlen_attention_qkvpacked(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of qkv (T, 3, H, D), whose gradient is one (T, 3, H, D) buffer."""
+    both = Side("", qkv.shape[0], cu_seqlens, max_seqlen, packing)
+    check_attention(qkv.shape[-1], softmax_scale, both)
     if qkv.device.type == "cpu":
         return cpu.varlen_attention_qkvpacked(
             qkv, cu_seqlens, max_seqlen, packing=packing, softmax_scale=softmax_scale,
@@ -226,6 +234,9 @@ def varlen_attention_kvpacked(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of q (Tq, H, D) and kv (Tk, 2, H, D), whose gradient is one buffer."""
+    queries = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
+    keys = Side("k", kv.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
+    check_attention(q.shape[-1], softmax_scale, queries, keys)
     if q.device.type == "cpu":
         return cpu.varlen_attention_kvpacked(
             q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packing_q=packing_q,

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from masked_vit_kernels.ema_arguments import match_by_name, tensor_list
 from masked_vit_kernels.launch import TRITON_DTYPES, KernelLaunch
 from masked_vit_kernels.multi_tensor import (
     TILE,
@@ -33,8 +34,6 @@ from masked_vit_kernels.multi_tensor import (
 
 if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
-
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -159,19 +158,28 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def ema_update_(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
+    targets: Sequence[Tensor] | nn.Module,
+    sources: Sequence[Tensor] | nn.Module,
+    momentum: float | Tensor,
 ) -> None:
     """target <- momentum * target + (1 - momentum) * source, in place, for every pair.
 
     Args:
         targets: float32 (on the CPU also float64) tensors of any shape; integer and bool buffers
             are copied from their source.
-        sources: as many tensors of the same shapes and device; float32, bfloat16 or float16.
+        sources: as many tensors of the same shapes and device; float32, bfloat16 or float16. Two
+            modules in the place of the two lists are matched by the names of their parameters and
+            buffers.
         momentum: float or 0-d tensor on the targets' device; no host sync on a GPU.
 
     Raises:
-        ValueError: numbers of tensors, shapes or devices differ; a half-precision target.
+        TypeError: neither lists of tensors nor two modules.
+        ValueError: numbers of tensors, names, shapes or devices differ; a half-precision target;
+            tensors on the meta device.
     """
+    if isinstance(targets, nn.Module) and isinstance(sources, nn.Module):
+        targets, sources = zip(*match_by_name(targets, sources), strict=True)
+    targets, sources = tensor_list("targets", targets), tensor_list("sources", sources)
     if len(targets) != len(sources):
         raise ValueError(f"{len(targets)} targets cannot be averaged with {len(sources)} sources")
     pairs = []
@@ -203,6 +211,8 @@ def _check_pair(target: Tensor, source: Tensor, position: int) -> None:
         )
     if target.device != source.device:
         raise ValueError(f"pair {position}: target on {target.device}, source on {source.device}")
+    if target.is_meta:
+        raise ValueError(f"pair {position}: tensors on the meta device hold no values to average")
     if target.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"pair {position}: a {target.dtype} target would not move at a momentum near 1: "
@@ -227,34 +237,3 @@ def _update_on_device(pairs: list[tuple[Tensor, Tensor]], momentum: float | Tens
         for target, _ in views:
             target.store()
     increment_version([target for target, _ in pairs])
-
-
-def match_by_name(
-    target: nn.Module, source: nn.Module, *, buffers: bool = True
-) -> list[tuple[Tensor, Tensor]]:
-    """(target, source) tensors of two modules that carry one name, wrappers' prefixes removed.
-
-    Args:
-        buffers: match buffers besides parameters.
-
-    Raises:
-        ValueError: a name that only one of the two has; nothing is ever left out in silence.
-    """
-    ours, theirs = _named_tensors(target, buffers), _named_tensors(source, buffers)
-    alone = sorted(ours.keys() ^ theirs.keys())
-    if alone:
-        raise ValueError(f"these names occur in only one of target and source: {alone[:8]}")
-    return [(tensor, theirs[name]) for name, tensor in ours.items()]
-
-
-def _named_tensors(module: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    named = list(module.named_parameters())
-    if buffers:
-        named += module.named_buffers()
-    return {_plain_name(name): tensor for name, tensor in named}
-
-
-def _plain_name(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name

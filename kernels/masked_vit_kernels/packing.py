@@ -107,9 +107,10 @@ def pack_lengths(
         unique: promise that no source row is taken twice.
 
     Raises:
-        ValueError: a negative length, a length over `max_seqlen`, a total over `capacity`.
+        ValueError: lengths that are no integers or not on the host, a negative one, one over
+            `max_seqlen`, a total over `capacity` or over int32.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = _host_integers(lengths)
     if lengths.ndim != 1:
         raise ValueError(f"lengths must have shape (S,), got {lengths.shape}")
     if lengths.size and lengths.min() < 0:
@@ -121,6 +122,8 @@ def pack_lengths(
         raise ValueError(f"a sequence has {longest} tokens, over max_seqlen={max_seqlen}")
     if total > capacity:
         raise ValueError(f"{total} tokens do not fit capacity={capacity}")
+    if capacity > np.iinfo(np.int32).max:
+        raise ValueError(f"rows are numbered in int32, got capacity={capacity}")
 
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     sequence_ids = np.empty(capacity, dtype=np.int32)
@@ -137,6 +140,19 @@ def pack_lengths(
         capacity=capacity,
         unique=unique,
     )
+
+
+def _host_integers(lengths: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+    """int64 array of what was given as lengths."""
+    if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
+        raise ValueError(
+            f"lengths are read on the host, got a tensor on {lengths.device}: move it there, or "
+            "describe it on its device with packing_from_cu_seqlens"
+        )
+    array = np.asarray(lengths)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"lengths must be integers, got {array.dtype}")
+    return array.astype(np.int64)
 
 
 def _host_tile_map(lengths: np.ndarray, order: np.ndarray, capacity: int, rows: int) -> np.ndarray:
@@ -157,7 +173,12 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
         cu_seqlens: (S + 1,) int32 or int64, on any device, non-decreasing, starting at 0.
         max_seqlen: upper bound of the lengths.
         capacity: rows of the packed tensors; rows from `cu_seqlens[-1]` on are padding.
+
+    Raises:
+        ValueError: cu_seqlens of another shape or dtype.
     """
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
     cu_seqlens = cu_seqlens.to(torch.int32)

@@ -1,0 +1,43 @@
+"""Reading files that may turn out to be something else.
+
+Opening a FIFO waits for a writer that may never come, and opening a device can do anything.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+_KINDS = {
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+
+
+def kind_of_file(path: str) -> str | None:
+    """ "FIFO", "socket" or "a device"; None for files, folders and what cannot be looked at."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # a link into nowhere, say: whoever opens it is told
+        return None
+    return _KINDS.get(stat.S_IFMT(mode))
+
+
+def read_regular_file(path: str | os.PathLike) -> bytes:
+    """The whole content.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    # Without O_NONBLOCK the opening itself would wait where the path became a FIFO meanwhile.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'folder')}, not a file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)

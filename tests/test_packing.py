@@ -1,0 +1,36 @@
+"""Packings: what lengths are taken for."""
+
+import numpy as np
+import pytest
+import torch
+from masked_vit_kernels import pack_lengths, packing_from_cu_seqlens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([2.0, 3.0], "lengths must be integers, got float64"),
+        (torch.tensor([2.5]), "lengths must be integers, got float32"),
+        ([True, False], "lengths must be integers, got bool"),
+        (["2"], "lengths must be integers, got <U1"),
+        (torch.tensor([2, 3], device="meta"), "read on the host, got a tensor on meta: move it"),
+        ([2**31], "numbered in int32, got capacity=2147483648"),
+    ],
+)
+def test_lengths_that_are_none_are_refused_in_words(lengths, message):
+    """Floats were once cut to integers in silence."""
+    with pytest.raises(ValueError, match=message):
+        pack_lengths(lengths)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[2, 0, 3], (2, 0, 3), np.array([2, 0, 3], np.uint8), torch.tensor([2, 0, 3])]
+)
+def test_integers_of_any_kind_are_lengths(lengths):
+    assert pack_lengths(lengths).cu_seqlens.tolist() == [0, 2, 2, 5]
+    assert pack_lengths([]).num_sequences == 0
+
+
+def test_cu_seqlens_must_be_integers():
+    with pytest.raises(ValueError, match=r"cu_seqlens must be int32 or int64, got torch\.float32"):
+        packing_from_cu_seqlens(torch.tensor([0.0, 2.0]), 2, 2)
