@@ -3,7 +3,14 @@
 import pytest
 import torch
 from attention_checks import LENGTHS, AttentionProblem, check_attention, problem
-from masked_vit_kernels import attention, pack_lengths, reference
+from masked_vit_kernels import (
+    attention,
+    pack_lengths,
+    reference,
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
 from masked_vit_kernels.attention_common import AttentionConfig, backward_plan, head_dim_pieces
 
 pytestmark = pytest.mark.interpreter
@@ -55,7 +62,9 @@ def test_scores_far_below_zero_give_no_nan():
     v = torch.randn(5, 1, 16, requires_grad=True)
     packing = pack_lengths([5])
     bounds = packing.cu_seqlens, packing.cu_seqlens
-    out = attention.triton_attention((q, k, v), *bounds, 5, 5, packing, packing, 1.0)
+    out = varlen_attention(
+        q, k, v, *bounds, 5, 5, packing_q=packing, packing_k=packing, softmax_scale=1.0
+    )
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert gradient.isfinite().all()
 
@@ -77,14 +86,19 @@ def test_op_gives_one_gradient_buffer(packed):
         *exact.unbind(1), packing.cu_seqlens, packing.cu_seqlens
     )
     expected.sum().backward()
+    sides = {"packing_q": packing, "packing_k": packing, "return_lse": True}
+    bounds = (packing.cu_seqlens, packing.cu_seqlens, 17, 17)
     if packed == "qkv":
         inputs = (qkv.requires_grad_(),)
+        out, lse = varlen_attention_qkvpacked(
+            *inputs, packing.cu_seqlens, 17, packing=packing, return_lse=True
+        )
     elif packed == "q, kv":
         inputs = (qkv[:, 0].clone().requires_grad_(), qkv[:, 1:].clone().requires_grad_())
+        out, lse = varlen_attention_kvpacked(*inputs, *bounds, **sides)
     else:
         inputs = tuple(part.clone().requires_grad_() for part in qkv.unbind(1))
-    bounds = (packing.cu_seqlens, packing.cu_seqlens, 17, 17, packing, packing)
-    out, lse = attention.triton_attention(inputs, *bounds, return_lse=True)
+        out, lse = varlen_attention(*inputs, *bounds, **sides)
     assert not lse.requires_grad
     out.sum().backward()
     gradient = torch.cat([x.grad.reshape(40, -1, 2, 24) for x in inputs], dim=1)
@@ -120,8 +134,7 @@ def test_compiles_without_graph_breaks_and_casts_under_autocast():
     qkv = torch.randn(40, 3, 2, 24, requires_grad=True)
 
     def attend(x):
-        bounds = (packing.cu_seqlens, packing.cu_seqlens, 17, 17, packing, packing)
-        return attention.triton_attention((x,), *bounds)
+        return varlen_attention_qkvpacked(x, packing.cu_seqlens, 17, packing=packing)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected, found = attend(qkv), compiled(qkv)

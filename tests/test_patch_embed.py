@@ -275,8 +275,12 @@ def test_wrong_arguments_are_named():
         embed_visible_patches(images, weight, None, position[:3])
     with pytest.raises(IndexError, match="indices holds 4"):
         embed_visible_patches(images, weight, None, position, torch.full((2, 1), 4))
-    with pytest.raises(ValueError, match="mean must have 3 values, got 2"):
-        embed_visible_patches(images.to("meta"), weight.to("meta"), None, None, mean=[0.1, 0.2])
+    for device in ("cpu", "meta"):
+        arguments = images.to(device), weight.to(device), None, None
+        with pytest.raises(ValueError, match="mean must have 3 values, got 2"):
+            embed_visible_patches(*arguments, mean=[0.1, 0.2])
+        with pytest.raises(ValueError, match="std must have 3 values, got 1"):
+            embed_visible_patches(*arguments, std=torch.ones(1))
 
 
 # ----------------------------------------------------------------------------- compile audit

@@ -16,6 +16,7 @@ import torch
 from case import Case, code_of, meta
 from masked_vit_kernels.attention_backward import backward_launches
 from masked_vit_kernels.attention_forward import forward_launch
+from masked_vit_kernels.attention_sequences import Sequences
 from masked_vit_kernels.launch import KernelLaunch
 
 HEAD_DIMS = (24, 32, 64, 80, 88)
@@ -51,31 +52,37 @@ def _budget(launches: tuple[KernelLaunch, ...], longest_key: int) -> str:
     return "matmul" if within else "matmul_two_phase"
 
 
-def _tensors(dtype: torch.dtype, head_dim: int, mapped: bool):
-    rows, heads, sequences = 1024, 16, 32
-    qkv = meta(rows, 3, heads, head_dim, dtype=dtype)
-    out = meta(rows, heads, head_dim, dtype=dtype)
-    lse = meta(heads, rows)
-    cu_seqlens = meta(sequences + 1, dtype=torch.int32)
-    tiles = meta(8, 2, dtype=torch.int32) if mapped else None
-    order = meta(sequences, dtype=torch.int32) if mapped else None
-    return qkv, out, lse, cu_seqlens, tiles, order
+def _side(mapped: bool, max_seqlen: int) -> Sequences:
+    sequences = 32
+    integers = functools.partial(meta, dtype=torch.int32)
+    return Sequences(
+        cu_seqlens=integers(sequences + 1),
+        max_seqlen=max_seqlen,
+        tile_map=integers(8, 2) if mapped else None,
+        wide_tile_map=integers(8, 2) if mapped else None,
+        order=integers(sequences) if mapped else None,
+    )
 
 
 def _forward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelLaunch, ...]:
-    qkv, out, lse, cu_seqlens, tiles, _ = _tensors(dtype, head_dim, mapped)
+    rows, heads = 1024, 16
+    q, k, v = meta(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
     launch = forward_launch(
-        *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, tiles, tiles, max_q, max_k,
-        head_dim**-0.5, capability=capability,
+        q=q, k=k, v=v, out=meta(rows, heads, head_dim, dtype=dtype), lse=meta(heads, rows),
+        queries=_side(mapped, max_q), keys=_side(mapped, max_k), softmax_scale=head_dim**-0.5,
+        capability=capability,
     )  # fmt: skip
     return (launch,)
 
 
 def _backward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelLaunch, ...]:
-    qkv, out, lse, cu_seqlens, tiles, order = _tensors(dtype, head_dim, mapped)
+    rows, heads = 1024, 16
+    q, k, v = meta(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
+    out, lse = meta(rows, heads, head_dim, dtype=dtype), meta(heads, rows)
     launches = backward_launches(
-        *qkv.unbind(1), out, out, lse, lse, *qkv.unbind(1), cu_seqlens, cu_seqlens, order,
-        tiles, tiles, tiles, max_q, max_k, head_dim**-0.5, capability=capability,
+        q=q, k=k, v=v, out=out, dout=out, lse=lse, delta=lse, dq=q, dk=k, dv=v,
+        queries=_side(mapped, max_q), keys=_side(mapped, max_k), softmax_scale=head_dim**-0.5,
+        capability=capability,
     )  # fmt: skip
     return tuple(launches)
 

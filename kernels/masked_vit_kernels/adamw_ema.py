@@ -42,6 +42,7 @@ from masked_vit_kernels.adamw_ema_slots import (
     complete_state,
     conform,
 )
+from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.multi_tensor import local
 
 UNTRAINED_MASTERS = "untrained_ema_masters"  # state entry: averages of untrained bf16 partners
@@ -161,7 +162,7 @@ class AdamWEMA(torch.optim.Optimizer):
         gradients = [slot.gradient() for slot in plan.slots]
         for view in plan.staged:
             view.load()
-        if _runs_kernels(plan.device):
+        if runs_kernels(plan.device):
             self._step_on_device(plan, gradients, loss)
         else:
             self._step_on_cpu(plan, gradients, loss)
@@ -220,7 +221,7 @@ class AdamWEMA(torch.optim.Optimizer):
         `step` does so by itself except in a graph capture: call this before every replay.
         """
         plan = self._current_plan()
-        if _runs_kernels(plan.device):
+        if runs_kernels(plan.device):
             self._device_tables(plan).upload(
                 self._group_values(), self.momentum, self.max_grad_norm
             )
@@ -366,11 +367,6 @@ class AdamWEMA(torch.optim.Optimizer):
                 raise RuntimeError("gradients have other dtypes than in the step before capture")
             self._tables = DeviceTables(plan.slots, plan.steps, expected)
         return self._tables
-
-
-def _runs_kernels(device: torch.device) -> bool:
-    """CUDA tensors take Triton."""
-    return device.type == "cuda"
 
 
 def _is_capturing() -> bool:

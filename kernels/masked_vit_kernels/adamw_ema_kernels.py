@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from masked_vit_kernels.multi_tensor import lerp
+
 # Columns of the pointer table (P, TABLE_COLUMNS) int64, P slots: addresses of master, shadow (the
 # rounded copy), exp_avg, exp_avg_sq, target, target shadow, then numel; 0 stands for "has none".
 TABLE_COLUMNS = tl.constexpr(8)
@@ -74,7 +76,7 @@ def _store_run(
 
 
 @triton.jit(do_not_specialize=["first_tile"])
-def _gradient_norm_kernel(
+def gradient_norm_kernel(
     tiles_ptr,  # (number of tiles, 2) int32: slot, tile within it
     table_ptr,  # (P, TABLE_COLUMNS) int64
     gradients_ptr,  # (P,) int64 addresses, 0 without a gradient
@@ -103,7 +105,7 @@ def _gradient_norm_kernel(
 @triton.jit(
     do_not_specialize=["num_partials", "num_slots"], do_not_specialize_on_alignment=["loss_ptr"]
 )
-def _decide_kernel(
+def decide_kernel(
     partials_ptr,  # (num_partials,) float32 or float64 sums of squares
     num_partials,
     loss_ptr,  # 0-d, any floating dtype; the partials again where there is no loss
@@ -189,8 +191,7 @@ def _average_run(
     """target <- lerp(target, weight, rate), in the form that is exact at both ends."""
     if target > 0:
         old = _load_run(target, start, numel, tl.float32, BLOCK, FULL)
-        difference = weight - old
-        new = tl.where(rate < 0.5, old + rate * difference, weight - keep * difference)
+        new = lerp(old, weight, keep, rate)
         _store_run(target, start, numel, new, tl.float32, BLOCK, FULL)
         if tl.float32 != TARGET_DTYPE:
             _store_run(target_shadow, start, numel, new, TARGET_DTYPE, BLOCK, FULL)
@@ -278,7 +279,7 @@ def _average_tile(
 
 
 @triton.jit(do_not_specialize=["first_tile"])
-def _update_kernel(
+def update_kernel(
     tiles_ptr,  # (number of tiles, 2) int32
     table_ptr,  # (P, TABLE_COLUMNS) int64
     gradients_ptr,  # (P,) int64

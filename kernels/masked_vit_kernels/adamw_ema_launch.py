@@ -8,32 +8,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.adamw_ema_kernels import (
     COEFFICIENTS,
     GROUP_VALUES,
     TABLE_COLUMNS,
-    _decide_kernel,
-    _gradient_norm_kernel,
-    _update_kernel,
+    decide_kernel,
+    gradient_norm_kernel,
+    update_kernel,
 )
 from masked_vit_kernels.adamw_ema_slots import GroupValues, Slot
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.multi_tensor import READ_BLOCK, TILE, UPDATE_BLOCK, addresses, tile_map
+from masked_vit_kernels.multi_tensor import (
+    READ_BLOCK,
+    TILE,
+    TRITON_TYPES,
+    UPDATE_BLOCK,
+    addresses,
+    tile_map,
+)
 
 if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
 
 NOT_UPLOADED = -1  # a gradient address that was never sent: the step is skipped, not wrong
 MAX_CAPTURES = 32  # CUDA graphs that may hold a step of one set of tables
-
-TRITON_TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def gradient_norm_launch(
 ) -> KernelLaunch:
     """(a): sums of squares of the bucket's gradients into its part of `partials`."""
     return KernelLaunch(
-        kernel=_gradient_norm_kernel,
+        kernel=gradient_norm_kernel,
         grid=(bucket.num_tiles,),
         arguments={
             "tiles_ptr": tiles,
@@ -81,7 +81,7 @@ def decide_launch(
     """(b): norm, skip decision, step counts, coefficients. `status`: the three public tensors."""
     grad_norm, skipped, skip_count = status
     return KernelLaunch(
-        kernel=_decide_kernel,
+        kernel=decide_kernel,
         grid=(1,),
         arguments={
             "partials_ptr": partials,
@@ -114,7 +114,7 @@ def update_launch(
 ) -> KernelLaunch:
     """(c): one pass over everything the bucket's slots hold."""
     return KernelLaunch(
-        kernel=_update_kernel,
+        kernel=update_kernel,
         grid=(bucket.num_tiles,),
         arguments={
             "tiles_ptr": tiles,

@@ -1,8 +1,9 @@
 """Variable-length attention over packed tokens: `varlen_attention` and its packed-input variants.
 
-Semantics: `reference.varlen_attention`. CPU tensors run `cpu_attention`; everything else runs the
-Triton kernels of `attention_forward` and `attention_backward` through two opaque ops, which trace,
-compile and capture. Names and layouts follow flash-attn's varlen functions.
+Semantics: `reference.varlen_attention`. Arguments are checked once, wherever the op then runs: CPU
+tensors in `cpu_attention`, everything else in the Triton kernels of `attention_forward` and
+`attention_backward` through two opaque ops, which trace, compile and capture. Names and layouts
+follow flash-attn's varlen functions.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from masked_vit_kernels import cpu
+from masked_vit_kernels import cpu_attention
 from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
 from masked_vit_kernels.attention_common import MAX_HEAD_DIM, WIDEST_TUNED, readable
 from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.launch import AuditCase, check_dtype, check_same_device, check_shape
+from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.checks import (
+    TRITON_DTYPES,
+    check_dtype,
+    check_same_device,
+    check_shape,
+)
+from masked_vit_kernels.launch import AuditCase, runs_kernels
 from masked_vit_kernels.packing import Packing
 
 # The inputs of both ops are `x`, `y`, `z`: qkv alone, or q and kv, or q, k and v.
@@ -52,8 +60,13 @@ def _attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     forward_launch(
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, tile_map_q, wide_tile_map_q,
-        max_seqlen_q, max_seqlen_k, softmax_scale,
+        q=q, k=k, v=v, out=out, lse=lse,
+        queries=Sequences(
+            cu_seqlens=cu_seqlens_q, max_seqlen=max_seqlen_q, tile_map=tile_map_q,
+            wide_tile_map=wide_tile_map_q,
+        ),
+        keys=Sequences(cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen_k),
+        softmax_scale=softmax_scale,
     ).run()  # fmt: skip
     return out, lse
 
@@ -91,9 +104,16 @@ def _attention_backward(
     ]
     dq, dk, dv = _split(*gradients, *[None] * (3 - len(gradients)))
     launches = backward_launches(
-        q, k, v, out, readable(dout), lse, backward_scratch(q), dq, dk, dv,
-        cu_seqlens_q, cu_seqlens_k, sequence_order, tile_map_q, tile_map_k, wide_tile_map_k,
-        max_seqlen_q, max_seqlen_k, softmax_scale,
+        q=q, k=k, v=v, out=out, dout=readable(dout), lse=lse, delta=backward_scratch(q),
+        dq=dq, dk=dk, dv=dv,
+        queries=Sequences(
+            cu_seqlens=cu_seqlens_q, max_seqlen=max_seqlen_q, tile_map=tile_map_q
+        ),
+        keys=Sequences(
+            cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen_k, tile_map=tile_map_k,
+            wide_tile_map=wide_tile_map_k, order=sequence_order,
+        ),
+        softmax_scale=softmax_scale,
     )  # fmt: skip
     for launch in launches:
         launch.run()
@@ -159,8 +179,9 @@ def varlen_attention(
     """Attention of each sequence's queries over its own keys.
 
     Args:
-        q: (Tq, H, D), D a multiple of 8 up to 128; float32, float16 or bfloat16. Strided views are
-            read in place where their strides are multiples of 8 elements.
+        q: (Tq, H, D); on CUDA float32, float16 or bfloat16, and D a multiple of 8 up to 128. On the
+            CPU also float64 and any D. Strided views are read in place where their strides are
+            multiples of 8 elements.
         k, v: (Tk, H, D).
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, first row of each sequence.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
@@ -176,18 +197,14 @@ def varlen_attention(
     Raises:
         ValueError: wrong shapes, dtypes, devices, bounds or scale.
     """
-    if q.device.type == "cpu":
-        return cpu.varlen_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packing_q=packing_q,
-            packing_k=packing_k, softmax_scale=softmax_scale, return_lse=return_lse,
-        )  # fmt: skip
     check_shape("q", q, (None, None, None), "(Tq, H, D)")
     check_shape("k", k, (None, *q.shape[1:]), f"(Tk, {q.shape[1]}, {q.shape[2]})")
     check_shape("v", v, k.shape, f"{tuple(k.shape)} like k")
-    return triton_attention(
-        (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        packing_q, packing_k, softmax_scale, return_lse,
-    )  # fmt: skip
+    queries = Sequences.of(cu_seqlens_q, max_seqlen_q, packing_q)
+    keys = Sequences.of(cu_seqlens_k, max_seqlen_k, packing_k)
+    _check_packing("packing_q", packing_q, q.shape[0], max_seqlen_q)
+    _check_packing("packing_k", packing_k, k.shape[0], max_seqlen_k)
+    return _attend((q, k, v), queries, keys, softmax_scale, return_lse)
 
 
 def varlen_attention_qkvpacked(
@@ -200,16 +217,10 @@ def varlen_attention_qkvpacked(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of qkv (T, 3, H, D), whose gradient is one (T, 3, H, D) buffer."""
-    if qkv.device.type == "cpu":
-        return cpu.varlen_attention_qkvpacked(
-            qkv, cu_seqlens, max_seqlen, packing=packing, softmax_scale=softmax_scale,
-            return_lse=return_lse,
-        )  # fmt: skip
     check_shape("qkv", qkv, (None, 3, None, None), "(T, 3, H, D)")
-    return triton_attention(
-        (qkv,), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        packing, packing, softmax_scale, return_lse,
-    )  # fmt: skip
+    _check_packing("packing", packing, qkv.shape[0], max_seqlen)
+    both = Sequences.of(cu_seqlens, max_seqlen, packing)
+    return _attend((qkv,), both, both, softmax_scale, return_lse)
 
 
 def varlen_attention_kvpacked(
@@ -226,56 +237,45 @@ def varlen_attention_kvpacked(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of q (Tq, H, D) and kv (Tk, 2, H, D), whose gradient is one buffer."""
-    if q.device.type == "cpu":
-        return cpu.varlen_attention_kvpacked(
-            q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, packing_q=packing_q,
-            packing_k=packing_k, softmax_scale=softmax_scale, return_lse=return_lse,
-        )  # fmt: skip
     check_shape("q", q, (None, None, None), "(Tq, H, D)")
     check_shape("kv", kv, (None, 2, *q.shape[1:]), f"(Tk, 2, {q.shape[1]}, {q.shape[2]})")
-    return triton_attention(
-        (q, kv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        packing_q, packing_k, softmax_scale, return_lse,
-    )  # fmt: skip
-
-
-def triton_attention(
-    inputs: tuple[Tensor, ...],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    packing_q: Packing | None = None,
-    packing_k: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The Triton path behind the public functions: (qkv,), (q, kv) or (q, k, v).
-
-    Runs on CUDA tensors, and under `TRITON_INTERPRET=1` on CPU tensors.
-    """
-    x, y, z = (*inputs, None, None)[:3]
-    q, k, _ = _split(x, y, z)
-    _check(inputs, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    queries = Sequences.of(cu_seqlens_q, max_seqlen_q, packing_q)
+    keys = Sequences.of(cu_seqlens_k, max_seqlen_k, packing_k)
     _check_packing("packing_q", packing_q, q.shape[0], max_seqlen_q)
-    _check_packing("packing_k", packing_k, k.shape[0], max_seqlen_k)
+    _check_packing("packing_k", packing_k, kv.shape[0], max_seqlen_k)
+    return _attend((q, kv), queries, keys, softmax_scale, return_lse)
+
+
+def _attend(
+    inputs: tuple[Tensor, ...],
+    queries: Sequences,
+    keys: Sequences,
+    softmax_scale: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Behind the public functions: (qkv,), (q, kv) or (q, k, v), checked here and dispatched."""
+    x, y, z = inputs[0], *(*inputs[1:], None, None)[:2]
+    q, k, _ = _split(x, y, z)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if scale <= 0:
-        raise ValueError(f"softmax_scale must be positive, got {scale}")
+    _check(inputs, q, k, queries, keys, scale)
+    if not runs_kernels(q.device):
+        out, lse = cpu_attention.attend(inputs, queries.cu_seqlens, keys.cu_seqlens, scale)
+        return (out, lse) if return_lse else out
+    _check_for_kernels(inputs, q.shape[2])
     out, lse = _attention(
         x,
         y,
         z,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        None if packing_q is None else packing_q.tile_map,
-        None if packing_q is None else packing_q.wide_tile_map,
-        None if packing_k is None else packing_k.tile_map,
-        None if packing_k is None else packing_k.wide_tile_map,
-        None if packing_k is None else packing_k.sequence_order,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
+        cu_seqlens_q=queries.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens,
+        tile_map_q=queries.tile_map,
+        wide_tile_map_q=queries.wide_tile_map,
+        tile_map_k=keys.tile_map,
+        wide_tile_map_k=keys.wide_tile_map,
+        sequence_order=keys.order,
+        max_seqlen_q=queries.max_seqlen,
+        max_seqlen_k=keys.max_seqlen,
+        softmax_scale=scale,
     )
     return (out, lse) if return_lse else out
 
@@ -284,25 +284,38 @@ def _check(
     inputs: tuple[Tensor, ...],
     q: Tensor,
     k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    queries: Sequences,
+    keys: Sequences,
+    scale: float,
 ) -> None:
-    head_dim = q.shape[2]
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"D must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+    """What holds on every device."""
     for tensor in inputs:
-        check_dtype("the attention's inputs", tensor)
+        check_dtype("the attention's inputs", tensor, (*TRITON_DTYPES, torch.float64))
     if len({tensor.dtype for tensor in inputs}) > 1:
         raise ValueError(f"inputs must share a dtype, got {[x.dtype for x in inputs]}")
-    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_shape(name, cu_seqlens, (None,), "(S + 1,)")
-        check_dtype(name, cu_seqlens, (torch.int32, torch.int64))
-    check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "that of cu_seqlens_q")
-    check_same_device("q", q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if min(max_seqlen_q, max_seqlen_k) < 0:
-        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen_q}, {max_seqlen_k}")
+    for name, side in (("cu_seqlens_q", queries), ("cu_seqlens_k", keys)):
+        check_shape(name, side.cu_seqlens, (None,), "(S + 1,)")
+        check_dtype(name, side.cu_seqlens, (torch.int32, torch.int64))
+    if queries.count != keys.count:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must describe as many sequences, "
+            f"got {queries.count} and {keys.count}"
+        )
+    check_same_device("q", q, k=k, cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens)
+    if min(queries.max_seqlen, keys.max_seqlen) < 0:
+        raise ValueError(
+            f"max_seqlen must not be negative, got {queries.max_seqlen}, {keys.max_seqlen}"
+        )
+    if not scale > 0:
+        raise ValueError(f"softmax_scale must be positive, got {scale}")
+
+
+def _check_for_kernels(inputs: tuple[Tensor, ...], head_dim: int) -> None:
+    """What the Triton kernels ask for besides."""
+    for tensor in inputs:
+        check_dtype("the attention's inputs", tensor)
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"D must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
 
 
 def _check_packing(name: str, packing: Packing | None, rows: int, max_seqlen: int) -> None:
@@ -352,25 +365,26 @@ def _audit_length(
     qkv, dqkv = floats(rows, 3, heads, head_dim), floats(rows, 3, heads, head_dim)
     out, dout = floats(rows, heads, head_dim), floats(rows, heads, head_dim)
     lse = floats(heads, rows, dtype=torch.float32)
-    cu_seqlens, order = integers(sequences + 1), integers(sequences)
-    tile_map, wide_tile_map = (
-        integers(rows // 64 + sequences, 2),
-        integers(rows // 128 + sequences, 2),
-    )
+    side = Sequences(
+        cu_seqlens=integers(sequences + 1), max_seqlen=max_seqlen,
+        tile_map=integers(rows // 64 + sequences, 2),
+        wide_tile_map=integers(rows // 128 + sequences, 2), order=integers(sequences),
+    )  # fmt: skip
+    q, k, v = qkv.unbind(1)
+    dq, dk, dv = dqkv.unbind(1)
     name = f"D={head_dim} keys<={max_seqlen} {str(dtype).removeprefix('torch.')}"
     core = _is_core(dtype, head_dim, max_seqlen, capability)
     limited = dtype != torch.float32 and head_dim <= WIDEST_TUNED
 
     forward = forward_launch(
-        *qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens, tile_map, wide_tile_map,
-        max_seqlen, max_seqlen, head_dim**-0.5, capability=capability,
+        q=q, k=k, v=v, out=out, lse=lse, queries=side, keys=side, softmax_scale=head_dim**-0.5,
+        capability=capability,
     )  # fmt: skip
     yield AuditCase(f"attention forward {name}", forward, "matmul" if limited else "reported", core)
 
     launches = backward_launches(
-        *qkv.unbind(1), out, dout, lse, lse, *dqkv.unbind(1), cu_seqlens, cu_seqlens, order,
-        tile_map, tile_map, wide_tile_map, max_seqlen, max_seqlen, head_dim**-0.5,
-        capability=capability,
+        q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=lse, dq=dq, dk=dk, dv=dv,
+        queries=side, keys=side, softmax_scale=head_dim**-0.5, capability=capability,
     )  # fmt: skip
     for launch in launches:
         kind, keys = launch.arguments["KIND"], launch.arguments["BLOCK_K"]

@@ -39,6 +39,7 @@ from masked_vit_kernels.attention_common import (
     stride_arguments,
 )
 from masked_vit_kernels.attention_forward import dot_precision
+from masked_vit_kernels.attention_sequences import Sequences
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -319,6 +320,7 @@ def _varlen_attention_backward_kernel(
 
 
 def backward_launches(
+    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -329,16 +331,9 @@ def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    sequence_order: Tensor | None,
-    tile_map_q: Tensor | None,
-    tile_map_k: Tensor | None,
-    wide_tile_map_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    queries: Sequences,
+    keys: Sequences,
     softmax_scale: float,
-    *,
     plan: tuple[BackwardStep, ...] | None = None,
     capability: int | None = None,
 ) -> list[KernelLaunch]:
@@ -348,30 +343,29 @@ def backward_launches(
         q, k, v, out, dout: (T, H, D) strided views, see `attention_common.readable`.
         lse: (H, Tq) fp32 of the forward; delta (H, Tq) fp32 scratch, unused by "resident".
         dq, dk, dv: (T, H, D) views to write.
-        sequence_order: (S,) int32, longest sequences first, or None.
-        tile_map_q, tile_map_k, wide_tile_map_k: of the two packings, or None.
+        queries, keys: the sequences of both sides. Programs that own a sequence go by the keys'
+            order, which is that of their work.
         plan: default: `backward_plan`.
         capability: entry of the launch table; default: the device's.
     """
     num_heads, head_dim = q.shape[1:]
-    num_sequences = cu_seqlens_q.shape[0] - 1
+    num_sequences = queries.count
     plan = plan or backward_plan(
-        head_dim, max_seqlen_q, max_seqlen_k, q.dtype, capability or table_capability(q.device)
-    )
+        head_dim, queries.max_seqlen, keys.max_seqlen, q.dtype,
+        capability or table_capability(q.device),
+    )  # fmt: skip
     main, rest = head_dim_pieces(head_dim)
     launches = []
     for number, step in enumerate(plan):
         config = step.config
-        tiles_per_sequence, order, num_work = 1, sequence_order, num_sequences
+        tiles_per_sequence, order, num_work = 1, keys.order, num_sequences
         if step.kind in ("flash_queries", "flash_keys"):
-            queries = step.kind == "flash_queries"
-            longest, rows = (
-                (max_seqlen_q, config.block_q) if queries else (max_seqlen_k, config.block_k)
-            )
-            tiles_per_sequence = -(-longest // rows)
+            by_queries = step.kind == "flash_queries"
+            side, rows = (queries, config.block_q) if by_queries else (keys, config.block_k)
+            tiles_per_sequence = -(-side.max_seqlen // rows)
             # A tile of another height than the map's would do rows twice: no such entry here.
-            maps = {TILE: tile_map_q} if queries else {TILE: tile_map_k, WIDE_TILE: wide_tile_map_k}
-            order = maps[rows]
+            maps = {TILE: side.tile_map}
+            order = (maps if by_queries else {**maps, WIDE_TILE: side.wide_tile_map})[rows]
             num_work = num_sequences * tiles_per_sequence if order is None else order.shape[0]
         clearing = CLEARING_PROGRAMS if number == 0 else 0
         launches.append(
@@ -389,8 +383,8 @@ def backward_launches(
                     "dq_ptr": dq,
                     "dk_ptr": dk,
                     "dv_ptr": dv,
-                    "cu_seqlens_q_ptr": cu_seqlens_q,
-                    "cu_seqlens_k_ptr": cu_seqlens_k,
+                    "cu_seqlens_q_ptr": queries.cu_seqlens,
+                    "cu_seqlens_k_ptr": keys.cu_seqlens,
                     "order_ptr": order,
                     **stride_arguments("q", q),
                     **stride_arguments("k", k),
@@ -414,7 +408,9 @@ def backward_launches(
                     "BLOCK_Q": config.block_q,
                     "BLOCK_K": config.block_k,
                     "KIND": step.kind,
-                    "ONE_QUERY_TILE": step.kind == "resident" and max_seqlen_q <= config.block_q,
+                    "ONE_QUERY_TILE": (
+                        step.kind == "resident" and queries.max_seqlen <= config.block_q
+                    ),
                     "PRECISION": dot_precision(q.dtype),
                     "CLEAR_PARTS": CLEARING_PROGRAMS,
                     "CLEAR_ROWS": CLEARING_ROWS,

@@ -34,6 +34,7 @@ from masked_vit_kernels.attention_common import (
     store_tile,
     stride_arguments,
 )
+from masked_vit_kernels.attention_sequences import Sequences
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -188,19 +189,15 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def forward_launch(
+    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    tile_map: Tensor | None,
-    wide_tile_map: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    queries: Sequences,
+    keys: Sequences,
     softmax_scale: float,
-    *,
     config: AttentionConfig | None = None,
     capability: int | None = None,
 ) -> KernelLaunch:
@@ -209,20 +206,19 @@ def forward_launch(
     Args:
         q: (Tq, H, D), k and v (Tk, H, D): strided views, see `attention_common.readable`.
         out: (Tq, H, D) to write, lse (H, Tq) fp32 to write.
-        tile_map: the query packing's; without it the grid covers max_seqlen_q in every sequence.
-        wide_tile_map: the same in tiles of 128 rows.
+        queries, keys: the sequences of both sides; of the keys only bounds are read.
         config: tiles; default: `forward_config`.
         capability: entry of the launch table; default: the device's.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_sequences = cu_seqlens_q.shape[0] - 1
     config = config or forward_config(
-        head_dim, max_seqlen_q, max_seqlen_k, q.dtype, capability or table_capability(q.device)
-    )
+        head_dim, queries.max_seqlen, keys.max_seqlen, q.dtype,
+        capability or table_capability(q.device),
+    )  # fmt: skip
     main, rest = head_dim_pieces(head_dim)
-    chosen_map = wide_tile_map if config.block_q == WIDE_TILE else tile_map
-    tiles_per_sequence = -(-max_seqlen_q // config.block_q)
-    num_tiles = num_sequences * tiles_per_sequence if chosen_map is None else chosen_map.shape[0]
+    tile_map = queries.wide_tile_map if config.block_q == WIDE_TILE else queries.tile_map
+    tiles_per_sequence = -(-queries.max_seqlen // config.block_q)
+    num_tiles = queries.count * tiles_per_sequence if tile_map is None else tile_map.shape[0]
     return KernelLaunch(
         kernel=_varlen_attention_forward_kernel,
         grid=attention_grid(num_heads, num_tiles + CLEARING_PROGRAMS),
@@ -232,15 +228,15 @@ def forward_launch(
             "v_ptr": v,
             "out_ptr": out,
             "lse_ptr": lse,
-            "cu_seqlens_q_ptr": cu_seqlens_q,
-            "cu_seqlens_k_ptr": cu_seqlens_k,
-            "tile_map_ptr": chosen_map,
+            "cu_seqlens_q_ptr": queries.cu_seqlens,
+            "cu_seqlens_k_ptr": keys.cu_seqlens,
+            "tile_map_ptr": tile_map,
             **stride_arguments("q", q),
             **stride_arguments("k", k),
             **stride_arguments("v", v),
             **stride_arguments("o", out),
             "num_rows": num_rows,
-            "num_sequences": num_sequences,
+            "num_sequences": queries.count,
             "num_tiles": num_tiles,
             "tiles_per_sequence": max(tiles_per_sequence, 1),
             "scale_log2": softmax_scale * LOG2_E,
@@ -249,7 +245,7 @@ def forward_launch(
             "REST": rest,
             "BLOCK_Q": config.block_q,
             "BLOCK_K": config.block_k,
-            "ONE_PASS": max_seqlen_k <= config.block_k,
+            "ONE_PASS": keys.max_seqlen <= config.block_k,
             "PRECISION": dot_precision(q.dtype),
             "CLEAR_PARTS": CLEARING_PROGRAMS,
             "CLEAR_ROWS": CLEARING_ROWS,

@@ -21,16 +21,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.compiler import CompiledKernel
 
 import masked_vit_kernels
 from masked_vit_kernels.audit_budgets import BUDGETS
-from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT, AuditCase, KernelLaunch
+from masked_vit_kernels.compile import compile_launch
+from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT, AuditCase
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -59,7 +57,7 @@ class Measurement:
 def audited_modules() -> list[str]:
     """Modules of the package that define `audit_cases`."""
     names = [info.name for info in pkgutil.iter_modules(masked_vit_kernels.__path__)]
-    skipped = {"audit", "audit_budgets", "selftest"}
+    skipped = {"audit", "audit_budgets", "compile", "selftest"}
     modules = [f"masked_vit_kernels.{name}" for name in names if name not in skipped]
     return [m for m in modules if hasattr(importlib.import_module(m), "audit_cases")]
 
@@ -70,35 +68,6 @@ def all_cases(capability: int) -> Iterator[AuditCase]:
         yield from importlib.import_module(name).audit_cases(capability)
 
 
-class Specialized(NamedTuple):
-    """What Triton's launcher would hand to its compiler: arguments of `triton.compile`."""
-
-    src: ASTSource
-    target: GPUTarget
-    options: dict[str, object]
-
-
-def specialize_launch(launch: KernelLaunch, capability: int) -> Specialized:
-    """Bind the arguments as `launch.run` would on a GPU of `capability` (80, 90 or 100)."""
-    kernel = launch.kernel
-    if not isinstance(kernel, JITFunction):
-        raise RuntimeError("the audit cannot run under TRITON_INTERPRET=1")
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(**launch.arguments)
-    parsed, signature, constexprs, attributes = kernel._pack_args(
-        backend, dict(launch.options), bound, specialization, None
-    )
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    return Specialized(source, target, parsed.__dict__)
-
-
-def compile_launch(launch: KernelLaunch, capability: int) -> CompiledKernel:
-    """Compile `launch` for `capability` (80, 90 or 100) as its `run` would on such a GPU."""
-    return triton.compile(*specialize_launch(launch, capability))
-
-
 def disassemble(cubin: bytes) -> str:
     """The machine code of a cubin as nvdisasm prints it."""
     return _run_tool("nvdisasm", "-c", cubin=cubin)
@@ -107,8 +76,10 @@ def disassemble(cubin: bytes) -> str:
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack a thread."""
     usage = _run_tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    registers, stack = (re.search(rf"{name}:(\d+)", usage).group(1) for name in ("REG", "STACK"))
-    return int(registers), int(stack)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports no registers and stack, but: {usage}")
+    return int(found[1]), int(found[2])
 
 
 def measure(compiled: CompiledKernel, capability: int) -> Measurement:

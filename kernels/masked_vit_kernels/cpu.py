@@ -1,7 +1,8 @@
-"""The CPU path: each op as a few vectorised PyTorch calls, tested against `reference.py`.
+"""The CPU path of the token ops: a few vectorised calls each, tested against `reference.py`.
 
-Attention is `cpu_attention.py`'s; all else is plain PyTorch, so that Inductor can trace and fuse
-it. Under torch.compile the range checks are left out: they would have to read ids back.
+Plain PyTorch, so that Inductor can trace and fuse it. The public functions have checked shapes and
+dtypes; ids are checked here, where reading them back costs little. Under torch.compile that is left
+out.
 """
 
 from __future__ import annotations
@@ -12,24 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masked_vit_kernels import reference
-from masked_vit_kernels.cpu_attention import (
-    varlen_attention,
-    varlen_attention_kvpacked,
-    varlen_attention_qkvpacked,
-)
 from masked_vit_kernels.packing import Packing, PredictorPacking
+from masked_vit_kernels.pixels import extract_patches, normalize_images
 
-__all__ = [
-    "assemble_predictor_tokens",
-    "embed_visible_patches",
-    "gather_tokens",
-    "latent_prediction_loss",
-    "scatter_tokens",
-    "varlen_attention",
-    "varlen_attention_kvpacked",
-    "varlen_attention_qkvpacked",
-]
+TARGET_LAYER_NORM_EPS = 1e-5  # of the LayerNorm that the released code puts on the targets
 
 
 def _check_ids(ids: Tensor, count: int, name: str) -> None:
@@ -73,8 +60,7 @@ def gather_tokens(x: Tensor, indices: Tensor, packing: Packing | None = None) ->
         first = torch.arange(batch, device=x.device)[:, None] * num_tokens
         rows = torch.where(indices >= 0, indices + first, -1)
         return _take_rows(x.reshape(-1, width), rows.reshape(-1)).view(*indices.shape, width)
-    if packing is None:
-        raise ValueError("packed indices (capacity,) into x (B, N, D) need their packing")
+    assert packing is not None  # the public function has seen to it
     return _take_rows(x.reshape(-1, width), _flat_rows(indices, packing, batch, num_tokens))
 
 
@@ -119,17 +105,10 @@ def embed_visible_patches(
 ) -> Tensor:
     """See `masked_vit_kernels.patch_embed.embed_visible_patches`."""
     width, channels, ph, pw = weight.shape
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images must have shape (B, {channels}, Hi, Wi), got {images.shape}")
-    if images.shape[2] % ph or images.shape[3] % pw:
-        raise ValueError(
-            f"images of {images.shape[2]}x{images.shape[3]} pixels cannot be cut into"
-            f" {ph}x{pw} patches: crop or resize to a multiple"
-        )
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
-    patches = reference.extract_patches(images, (ph, pw))  # still in the images' dtype
+    patches = extract_patches(images, (ph, pw))  # still in the images' dtype
     if indices is not None:
         patches = gather_tokens(patches, indices, packing)
     patches = _normalize_patches(patches, channels, mean, std).to(dtype)
@@ -157,7 +136,7 @@ def _normalize_patches(
     """Normalise (..., C * ph * pw) patches: the same arithmetic as on images, on fewer pixels."""
     shape = patches.shape
     as_images = patches.reshape(-1, channels, 1, shape[-1] // channels)
-    return reference.normalize_images(as_images, mean, std).view(shape)
+    return normalize_images(as_images, mean, std).view(shape)
 
 
 def assemble_predictor_tokens(
@@ -189,8 +168,6 @@ def latent_prediction_loss(
     denominator: Tensor | None = None,
 ) -> Tensor:
     """See `masked_vit_kernels.prediction_loss.latent_prediction_loss`."""
-    if kind not in ("smooth_l1", "l2"):
-        raise ValueError(f"kind must be 'smooth_l1' or 'l2', got {kind!r}")
     width = target_features.shape[-1]
     features = target_features.detach().reshape(-1, width)
     _check_ids(target_rows, features.shape[0], "target_rows")
@@ -199,7 +176,7 @@ def latent_prediction_loss(
     targets = F.layer_norm(
         _take_rows(features, target_rows).to(precision),
         (width,),
-        eps=reference.TARGET_LAYER_NORM_EPS,
+        eps=TARGET_LAYER_NORM_EPS,
     )
     predictions = predictions.to(precision).masked_fill(~valid, 0)
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss

@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masked_vit_kernels.packing import Packing
-
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Scores of a bucket that are in flight at once: P and dP of this many elements stay in the cache.
@@ -115,11 +113,6 @@ def _plan(
     """Cut sequences into buckets. Those without queries or without keys are in none."""
     _check_bounds(bounds_q, rows_q, "cu_seqlens_q")
     _check_bounds(bounds_k, rows_k, "cu_seqlens_k")
-    if len(bounds_q) != len(bounds_k):
-        raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k must describe as many sequences,"
-            f" got {len(bounds_q) - 1} and {len(bounds_k) - 1}"
-        )
     starts_q, lengths_q = np.array(bounds_q[:-1], np.int64), np.diff(bounds_q)
     starts_k, lengths_k = np.array(bounds_k[:-1], np.int64), np.diff(bounds_k)
     order = np.lexsort((lengths_k, lengths_q))
@@ -203,10 +196,12 @@ def _read(matrix: Tensor, row_stride: int, side: _Side, count: int, heads: int) 
 def _split(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """[qkv (T, 3, H, Dh)], [q, kv (Tk, 2, H, Dh)] or [q, k, v] -> views q, k, v (T, H, Dh)."""
     if len(inputs) == 1:
-        return inputs[0].unbind(1)
-    if len(inputs) == 2:
-        return inputs[0], *inputs[1].unbind(1)
-    return tuple(inputs)
+        q, k, v = inputs[0].unbind(1)
+    elif len(inputs) == 2:
+        q, (k, v) = inputs[0], inputs[1].unbind(1)
+    else:
+        q, k, v = inputs
+    return q, k, v
 
 
 def _plan_for(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> _Plan:
@@ -332,8 +327,12 @@ def _uniform_backward(
             _dense(x[rows], bucket.count).to(wide).flatten(0, 1)
             for x in (*_split(inputs), grad_out)
         )  # (n * H, P, Dh) each
-        per_query = (_dense(x[rows], bucket.count).flatten(0, 1)[..., None] for x in (lse, delta))
-        gradients = _bucket_backward(bucket, query, key, value, grad, *per_query, scale)
+        bucket_lse, bucket_delta = (
+            _dense(x[rows], bucket.count).flatten(0, 1)[..., None] for x in (lse, delta)
+        )  # (n * H, Pq, 1) each
+        gradients = _bucket_backward(
+            bucket, query, key, value, grad, bucket_lse, bucket_delta, scale
+        )
         for buffer, gradient in zip(_split(buffers), gradients, strict=True):
             sink = _dense(buffer[rows], bucket.count)
             sink.copy_(gradient.view(sink.shape))
@@ -400,69 +399,19 @@ def _backward(ctx, grad_out, _grad_lse):
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _attend(
-    inputs: Sequence[Tensor],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    softmax_scale: float | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    q, k, v = _split(inputs)
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            "q must have shape (Tq, H, Dh), k and v (Tk, H, Dh),"
-            f" got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+def attend(
+    inputs: Sequence[Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of checked inputs: (qkv,), (q, kv) or (q, k, v), each (T, ..., H, Dh).
+
+    Returns:
+        (Tq, H, Dh) in the inputs' dtype, or the one that autocast asks for, and the LSE (H, Tq) in
+        float32; see `varlen_attention`.
+
+    Raises:
+        ValueError: bounds that do not rise from 0 to at most the number of rows.
+    """
     if torch.is_autocast_enabled("cpu") and inputs[0].dtype != torch.float64:
         inputs = [x.to(torch.get_autocast_dtype("cpu")) for x in inputs]
-    scale = inputs[0].shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out, lse = _attention_forward(list(inputs), cu_seqlens_q, cu_seqlens_k, scale)
-    return (out, lse.t().float()) if return_lse else out
-
-
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    packing_q: Packing | None = None,
-    packing_k: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `masked_vit_kernels.attention.varlen_attention`."""
-    return _attend([q, k, v], cu_seqlens_q, cu_seqlens_k, softmax_scale, return_lse)
-
-
-def varlen_attention_qkvpacked(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    packing: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `masked_vit_kernels.attention.varlen_attention_qkvpacked`."""
-    return _attend([qkv], cu_seqlens, cu_seqlens, softmax_scale, return_lse)
-
-
-def varlen_attention_kvpacked(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    packing_q: Packing | None = None,
-    packing_k: Packing | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See `masked_vit_kernels.attention.varlen_attention_kvpacked`."""
-    return _attend([q, kv], cu_seqlens_q, cu_seqlens_k, softmax_scale, return_lse)
+    return out, lse.t().float()

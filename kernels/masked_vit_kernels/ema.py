@@ -17,26 +17,24 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from masked_vit_kernels.launch import TRITON_DTYPES, KernelLaunch
+from masked_vit_kernels.launch import KernelLaunch, runs_kernels
 from masked_vit_kernels.multi_tensor import (
     TILE,
+    TRITON_TYPES,
     UPDATE_BLOCK,
     FlatView,
     addresses,
     is_dense,
+    lerp,
     local,
     tile_map,
 )
 
 if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
-
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -68,7 +66,7 @@ def _ema_kernel(
             lanes = first + offset + tl.arange(0, BLOCK)  # [BLOCK]
             old = tl.load(target_ptr + lanes)
             new = tl.load(source_ptr + lanes).to(tl.float32)
-            tl.store(target_ptr + lanes, _lerp(old, new, keep, rate))
+            tl.store(target_ptr + lanes, lerp(old, new, keep, rate))
     else:
         target_ptr = target.to(tl.pointer_type(tl.float32))
         source_ptr = source.to(tl.pointer_type(SOURCE_DTYPE))
@@ -77,13 +75,7 @@ def _ema_kernel(
             inside = lanes < numel
             old = tl.load(target_ptr + lanes, mask=inside, other=0.0)
             new = tl.load(source_ptr + lanes, mask=inside, other=0.0).to(tl.float32)
-            tl.store(target_ptr + lanes, _lerp(old, new, keep, rate), mask=inside)
-
-
-@triton.jit
-def _lerp(old, new, keep, rate):
-    """keep * old + rate * new in the form that is exact at both ends."""
-    return tl.where(rate < 0.5, old + rate * (new - old), new - keep * (new - old))
+            tl.store(target_ptr + lanes, lerp(old, new, keep, rate), mask=inside)
 
 
 def ema_launch(
@@ -100,7 +92,7 @@ def ema_launch(
             "momentum_ptr": momentum if on_device else table,
             "keep": 0.0 if on_device else float(momentum),
             "rate": 0.0 if on_device else 1.0 - momentum,
-            "SOURCE_DTYPE": _TYPES[source_dtype],
+            "SOURCE_DTYPE": TRITON_TYPES[source_dtype],
             "MOMENTUM_ON_DEVICE": on_device,
             "TILE": TILE,
             "BLOCK": UPDATE_BLOCK,
@@ -176,18 +168,13 @@ def ema_update_(
             pairs.append((local(target), local(source)))
         else:
             target.copy_(source)
-    on_gpu = [pair for pair in pairs if runs_kernels(pair[0])]
+    on_gpu = [pair for pair in pairs if runs_kernels(pair[0].device)]
     if on_gpu:
         _update_on_device(on_gpu, momentum)
-    on_cpu = [pair for pair in pairs if not runs_kernels(pair[0])]
+    on_cpu = [pair for pair in pairs if not runs_kernels(pair[0].device)]
     if on_cpu:
         converted = [source.to(target.dtype) for target, source in on_cpu]
         torch._foreach_lerp_([target for target, _ in on_cpu], converted, 1.0 - float(momentum))
-
-
-def runs_kernels(tensor: Tensor) -> bool:
-    """CUDA tensors take Triton."""
-    return tensor.is_cuda
 
 
 def _check_pair(target: Tensor, source: Tensor, position: int) -> None:
@@ -208,7 +195,7 @@ def _check_pair(target: Tensor, source: Tensor, position: int) -> None:
 def _update_on_device(pairs: list[tuple[Tensor, Tensor]], momentum: float | Tensor) -> None:
     by_dtype: dict[torch.dtype, list[tuple[FlatView, FlatView]]] = {}
     for target, source in pairs:
-        if target.dtype != torch.float32 or source.dtype not in TRITON_DTYPES:
+        if target.dtype != torch.float32 or source.dtype not in TRITON_TYPES:
             raise ValueError(f"no kernel averages {source.dtype} into {target.dtype}")
         like = target if is_dense(target) else torch.empty_like(target)
         views = FlatView(target, like), FlatView(source, like)
@@ -222,34 +209,3 @@ def _update_on_device(pairs: list[tuple[Tensor, Tensor]], momentum: float | Tens
         for target, _ in views:
             target.store()
     increment_version([target for target, _ in pairs])
-
-
-def match_by_name(
-    target: nn.Module, source: nn.Module, *, buffers: bool = True
-) -> list[tuple[Tensor, Tensor]]:
-    """(target, source) tensors of two modules that carry one name, wrappers' prefixes removed.
-
-    Args:
-        buffers: match buffers besides parameters.
-
-    Raises:
-        ValueError: a name that only one of the two has; nothing is ever left out in silence.
-    """
-    ours, theirs = _named_tensors(target, buffers), _named_tensors(source, buffers)
-    alone = sorted(ours.keys() ^ theirs.keys())
-    if alone:
-        raise ValueError(f"these names occur in only one of target and source: {alone[:8]}")
-    return [(tensor, theirs[name]) for name, tensor in ours.items()]
-
-
-def _named_tensors(module: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    named = list(module.named_parameters())
-    if buffers:
-        named += module.named_buffers()
-    return {_plain_name(name): tensor for name, tensor in named}
-
-
-def _plain_name(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name

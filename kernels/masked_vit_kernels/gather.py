@@ -20,19 +20,19 @@ import triton
 from torch import Tensor
 
 from masked_vit_kernels import cpu
+from masked_vit_kernels.checks import check_same_device, check_shape
 from masked_vit_kernels.gather_kernels import (
     fill_gradient_launch,
     gather_rows_launch,
     invert_rows_launch,
     scatter_rows_launch,
 )
-from masked_vit_kernels.launch import check_same_device, check_shape
+from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.rows import (
     RowIndex,
     row_index,
     sum_rows_by_place,
-    takes_triton,
     with_unit_columns,
 )
 
@@ -220,7 +220,7 @@ def gather_tokens(x: Tensor, indices: Tensor, packing: Packing | None = None) ->
         tokens, index = x, row_index(indices, packing, x.shape[0])
     else:
         raise ValueError(f"x must have shape (B, N, D) or (T, D), got {tuple(x.shape)}")
-    if not takes_triton(x):
+    if not runs_kernels(x.device):
         return cpu.gather_tokens(x, indices, packing)
     unique = packing is not None and packing.unique
     return gather_rows(tokens, *index, unique).view(*indices.shape, x.shape[-1])
@@ -256,7 +256,7 @@ def scatter_tokens(
         raise ValueError(
             f"fill must have shape (D,), (N, D) or (B, N, D) of {shape}, got {fill.shape}"
         )
-    if not takes_triton(x):
+    if not runs_kernels(x.device):
         return cpu.scatter_tokens(x, indices, fill, num_tokens, packing)
     out = scatter_rows(x.reshape(-1, x.shape[-1]), fill, *index, batch, num_tokens)
     return out[0] if flat else out

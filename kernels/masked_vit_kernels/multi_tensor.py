@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 TILE = 8192  # elements a program covers
@@ -23,7 +25,19 @@ TILE = 8192  # elements a program covers
 READ_BLOCK = 1024
 UPDATE_BLOCK = 512
 
+TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
 Layout = tuple[tuple[int, int], ...]
+
+
+@triton.jit
+def lerp(old, new, keep, rate):
+    """keep * old + rate * new, where keep + rate = 1, in the form that is exact at both ends."""
+    return tl.where(rate < 0.5, old + rate * (new - old), new - keep * (new - old))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -95,9 +109,8 @@ def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
 
 def tile_map(sizes: Sequence[int]) -> Tensor:
     """(number of tiles, 2) int32 on the host: (tensor, tile within it) of every program."""
-    sizes = torch.tensor(list(sizes), dtype=torch.int64)
-    tiles = (sizes + TILE - 1) // TILE
-    owner = torch.repeat_interleave(torch.arange(sizes.numel()), tiles)
+    tiles = (torch.tensor(list(sizes), dtype=torch.int64) + TILE - 1) // TILE
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), tiles)
     first = torch.cumsum(tiles, 0) - tiles
     within = torch.arange(owner.numel()) - first[owner]
     return torch.stack([owner, within], dim=1).to(torch.int32)

@@ -26,7 +26,8 @@ import triton
 from torch import Tensor
 
 from masked_vit_kernels import cpu
-from masked_vit_kernels.launch import check_dtype, check_same_device, table_capability
+from masked_vit_kernels.checks import check_dtype, check_same_device
+from masked_vit_kernels.launch import runs_kernels, table_capability
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.patch_embed_kernels import (
     IMAGE_DTYPES,
@@ -41,7 +42,6 @@ from masked_vit_kernels.rows import (
     RowIndex,
     row_index,
     sum_rows_by_place,
-    takes_triton,
     with_unit_columns,
 )
 
@@ -314,16 +314,22 @@ def _check_images(images: Tensor, weight: Tensor) -> None:
         )
 
 
-def _channel_values(
-    name: str, values: Sequence[float] | Tensor | None, images: Tensor
-) -> Tensor | None:
+def _check_channel_values(
+    name: str, values: Sequence[float] | Tensor | None, channels: int
+) -> None:
+    if values is None:
+        return
+    count = values.numel() if isinstance(values, Tensor) else len(values)
+    if count != channels:
+        raise ValueError(f"{name} must have {channels} values, got {count}")
+
+
+def _channel_values(values: Sequence[float] | Tensor | None, images: Tensor) -> Tensor | None:
     """(C,) float32 on the images' device."""
     if values is None:
         return None
-    tensor = torch.as_tensor(values, dtype=torch.float32, device=images.device).reshape(-1)
-    if tensor.shape[0] != images.shape[1]:
-        raise ValueError(f"{name} must have {images.shape[1]} values, got {tensor.shape[0]}")
-    return tensor.contiguous()
+    tensor = torch.as_tensor(values, dtype=torch.float32, device=images.device)
+    return tensor.reshape(-1).contiguous()
 
 
 def embed_visible_patches(
@@ -365,6 +371,8 @@ def embed_visible_patches(
     check_same_device(
         "images", images, weight=weight, bias=bias, pos_embed=pos_embed, indices=indices
     )
+    _check_channel_values("mean", mean, images.shape[1])
+    _check_channel_values("std", std, images.shape[1])
     batch, (width, _, ph, pw) = images.shape[0], weight.shape
     num_tokens = num_patches(images, (ph, pw))
     if pos_embed is not None and pos_embed.numel() != num_tokens * width:
@@ -375,7 +383,7 @@ def embed_visible_patches(
         index, shape = RowIndex(None, None, num_tokens, 1), (batch, num_tokens)
     else:
         index, shape = row_index(indices, packing, batch), indices.shape
-    if not takes_triton(images):
+    if not runs_kernels(images.device):
         return cpu.embed_visible_patches(
             images, weight, bias, pos_embed, indices, packing, mean=mean, std=std
         )
@@ -390,7 +398,7 @@ def embed_visible_patches(
     padding = padded_pixels(images, (ph, pw)) - weight.shape[1]
     weight = F.pad(weight, (0, padding)) if padding else weight  # (D, K')
     position = None if pos_embed is None else pos_embed.reshape(num_tokens, width).contiguous()
-    mean, std = _channel_values("mean", mean, images), _channel_values("std", std, images)
+    mean, std = _channel_values(mean, images), _channel_values(std, images)
     if index.indices is not None:
         index = index._replace(indices=index.indices.contiguous())
     if fused:

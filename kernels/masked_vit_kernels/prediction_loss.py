@@ -25,15 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels import cpu
-from masked_vit_kernels.launch import (
-    KernelLaunch,
+from masked_vit_kernels.checks import (
     check_dtype,
+    check_index_dtype,
     check_same_device,
     check_shape,
-    round_up_to_power_of_two,
 )
-from masked_vit_kernels.reference import TARGET_LAYER_NORM_EPS
-from masked_vit_kernels.rows import check_index_dtype, takes_triton, with_unit_columns
+from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
+from masked_vit_kernels.rows import column_block, with_unit_columns
 
 if TYPE_CHECKING:
     from masked_vit_kernels.audit import AuditCase
@@ -206,7 +205,7 @@ def loss_forward_launch(
             "rows_per_program": triton.cdiv(num_rows, partial.shape[1]),
             "stride_pr": predictions.stride(0),
             "stride_fr": features.stride(0),
-            "EPS": TARGET_LAYER_NORM_EPS,
+            "EPS": cpu.TARGET_LAYER_NORM_EPS,
             "SMOOTH_L1": kind == "smooth_l1",
             "D": width,
             "BLOCK_D": block_d,
@@ -247,7 +246,7 @@ def loss_backward_launch(
 ) -> KernelLaunch:
     """What the forward saved -> grad (Tt, D) of the predictions."""
     num_rows, width = predictions.shape
-    block_d = min(round_up_to_power_of_two(width & -width), 256) if width % 32 == 0 else 128
+    block_d = column_block(width)
     block_rows = max(1, 4096 // (predictions.element_size() * block_d))
     return KernelLaunch(
         kernel=_loss_backward_kernel,
@@ -392,7 +391,7 @@ def latent_prediction_loss(
     )  # fmt: skip
     if denominator is not None and denominator.numel() != 1:
         raise ValueError(f"denominator must have one element, got {tuple(denominator.shape)}")
-    if not takes_triton(predictions):
+    if not runs_kernels(predictions.device):
         return cpu.latent_prediction_loss(
             predictions, target_features, target_rows, kind=kind, denominator=denominator
         )

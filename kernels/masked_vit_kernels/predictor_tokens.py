@@ -24,14 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels import cpu
-from masked_vit_kernels.launch import KernelLaunch, check_same_device, check_shape
+from masked_vit_kernels.checks import check_index_dtype, check_same_device, check_shape
+from masked_vit_kernels.launch import KernelLaunch, runs_kernels
 from masked_vit_kernels.packing import PredictorPacking
 from masked_vit_kernels.rows import (
-    check_index_dtype,
     column_block,
     sum_dtype,
     sum_rows_by_place,
-    takes_triton,
     tile_rows,
     with_unit_columns,
 )
@@ -370,7 +369,7 @@ def assemble_predictor_tokens(
         "context", context, mask_token=mask_token, pos_embed=pos_embed, context_ids=context_ids,
         target_ids=target_ids, predictor_packing=packing.source_rows,
     )  # fmt: skip
-    if not takes_triton(context):
+    if not runs_kernels(context.device):
         return cpu.assemble_predictor_tokens(
             context, mask_token, pos_embed, context_ids, target_ids, packing
         )

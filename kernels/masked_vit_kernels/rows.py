@@ -16,7 +16,6 @@ the same bits in every run. Bytes moved: every value once, plus 12 bytes of sort
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masked_vit_kernels.launch import KernelLaunch, check_shape, round_up_to_power_of_two
+from masked_vit_kernels.checks import check_index_dtype, check_shape
+from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two
 from masked_vit_kernels.packing import Packing
 
 if TYPE_CHECKING:
@@ -102,15 +102,6 @@ def _segmented_sum_kernel(
     )
 
 
-# Triton decides at import whether kernels are interpreted.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def takes_triton(x: Tensor) -> bool:
-    """Whether an op on `x` runs its Triton kernels: always but on the CPU, there if interpreted."""
-    return _INTERPRETED or not x.is_cpu
-
-
 class RowIndex(NamedTuple):
     """Which image and token each of R rows stands for, in any of the layouts above."""
 
@@ -140,12 +131,6 @@ class RowIndex(NamedTuple):
             images = sequences.div(self.sequences_per_image, rounding_mode="floor")
         valid = (images >= 0) & (tokens >= 0) & (tokens < num_tokens)
         return torch.where(valid, images * num_tokens + tokens, -1)
-
-
-def check_index_dtype(name: str, indices: Tensor) -> None:
-    """Raise ValueError unless `indices` are int32 or int64."""
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64, got {indices.dtype}")
 
 
 def row_index(indices: Tensor, packing: Packing | None, batch: int) -> RowIndex:

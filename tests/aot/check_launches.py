@@ -29,7 +29,8 @@ from masked_vit_kernels import (
 from masked_vit_kernels import patch_embed_kernels as embed
 from masked_vit_kernels.attention_backward import backward_launches
 from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.audit import specialize_launch
+from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.compile import specialize_launch
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.rows import RowIndex
 from torch import Tensor
@@ -127,6 +128,14 @@ def _attention(draw: random.Random, dtype=None, dim=None, limits=None):
     return q, *kv.unbind(1), *packings, shared
 
 
+def _sides(packing_q, packing_k, *, mapped: bool) -> tuple[Sequences, Sequences]:
+    """Queries and keys with the maps of their packings or without."""
+    return tuple(
+        Sequences.of(packing.cu_seqlens, packing.max_seqlen, packing if mapped else None)
+        for packing in (packing_q, packing_k)
+    )
+
+
 def test_attention_forward(drawn):
     _forward_alike(*drawn)
 
@@ -134,16 +143,17 @@ def test_attention_forward(drawn):
 def _forward_alike(capability: int, draw: random.Random, **chosen) -> None:
     q, k, v, packing_q, packing_k, fields = _attention(draw, **chosen)
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
-    maps = (packing_q.tile_map, packing_q.wide_tile_map) if draw.random() < 0.5 else (None, None)
-    if maps[0] is not None:
+    queries, keys = _sides(packing_q, packing_k, mapped=draw.random() < 0.5)
+    if queries.tile_map is not None:
         fields |= {
-            "tile_map_q": maps[0], "num_tiles_q": len(maps[0]),
-            "wide_tile_map_q": maps[1], "num_wide_tiles_q": len(maps[1]),
+            "tile_map_q": queries.tile_map, "num_tiles_q": len(queries.tile_map),
+            "wide_tile_map_q": queries.wide_tile_map,
+            "num_wide_tiles_q": len(queries.wide_tile_map),
         }  # fmt: skip
     LIBRARY.run("attention_forward", out=out, lse=lse, stride_out=out.stride(0), **fields)
     launch = forward_launch(
-        q, k, v, out, lse, packing_q.cu_seqlens, packing_k.cu_seqlens, *maps,
-        packing_q.max_seqlen, packing_k.max_seqlen, fields["softmax_scale"], capability=capability,
+        q=q, k=k, v=v, out=out, lse=lse, queries=queries, keys=keys,
+        softmax_scale=fields["softmax_scale"], capability=capability,
     )  # fmt: skip
     expect(capability, [launch])
 
@@ -157,14 +167,13 @@ def _backward_alike(capability: int, draw: random.Random, **chosen) -> None:
     out, dout, dq = (torch.empty_like(q) for _ in range(3))
     dk, dv = torch.empty(k.shape[0], 2, *k.shape[1:], dtype=k.dtype).unbind(1)
     lse, delta = (torch.empty(q.shape[1], q.shape[0]) for _ in range(2))
-    order = map_q = map_k = wide_map_k = None
-    if draw.random() < 0.5:
-        order, map_q = packing_k.sequence_order, packing_q.tile_map
-        map_k, wide_map_k = packing_k.tile_map, packing_k.wide_tile_map
+    queries, keys = _sides(packing_q, packing_k, mapped=draw.random() < 0.5)
+    if keys.order is not None:
         fields |= {
-            "sequence_order": order, "tile_map_q": map_q, "num_tiles_q": len(map_q),
-            "tile_map_k": map_k, "num_tiles_k": len(map_k), "wide_tile_map_k": wide_map_k,
-            "num_wide_tiles_k": len(wide_map_k),
+            "sequence_order": keys.order,
+            "tile_map_q": queries.tile_map, "num_tiles_q": len(queries.tile_map),
+            "tile_map_k": keys.tile_map, "num_tiles_k": len(keys.tile_map),
+            "wide_tile_map_k": keys.wide_tile_map, "num_wide_tiles_k": len(keys.wide_tile_map),
         }  # fmt: skip
     LIBRARY.run(
         "attention_backward", rows_k=k.shape[0], out=out, dout=dout, lse=lse, delta=delta,
@@ -172,9 +181,8 @@ def _backward_alike(capability: int, draw: random.Random, **chosen) -> None:
         stride_dq=dq.stride(0), stride_dk=dk.stride(0), stride_dv=dv.stride(0), **fields,
     )  # fmt: skip
     launches = backward_launches(
-        q, k, v, out, dout, lse, delta, dq, dk, dv, packing_q.cu_seqlens, packing_k.cu_seqlens,
-        order, map_q, map_k, wide_map_k, packing_q.max_seqlen, packing_k.max_seqlen,
-        fields["softmax_scale"], capability=capability,
+        q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=delta, dq=dq, dk=dk, dv=dv,
+        queries=queries, keys=keys, softmax_scale=fields["softmax_scale"], capability=capability,
     )  # fmt: skip
     expect(capability, launches)
 
