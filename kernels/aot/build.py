@@ -36,8 +36,8 @@ def main() -> None:
         sys.exit(f"no launch tables for {unknown}: MVK_ARCHS takes {known}")
 
     import manifest
-    from cases import all_cases
     from compiler import collect, compile_missing
+    from masked_vit_kernels.catalogue.tokens import all_cases
 
     entries = [
         entry

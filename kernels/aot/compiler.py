@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 
 import triton
-from case import Case
 from masked_vit_kernels.bundle import VERSION_FILE, bundled_files
+from masked_vit_kernels.catalogue.case import Case
 from masked_vit_kernels.compile import Specialized, specialize_launch
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.compiler import make_backend

@@ -13,11 +13,11 @@ import json
 import zlib
 from pathlib import Path
 
-from case import BOUNDS, DTYPE_CODES
 from compiler import Entry, Kernel
 from masked_vit_kernels import adamw_ema_kernels, multi_tensor, packing, prediction_loss, rows
 from masked_vit_kernels.attention_common import MAX_GRID_Y
 from masked_vit_kernels.attention_forward import LOG2_E
+from masked_vit_kernels.catalogue.case import BOUNDS, DTYPE_CODES
 
 PARAMETER_TYPES = {"i32": "MVK_INT32", "i64": "MVK_INT64", "fp32": "MVK_FLOAT"}
 

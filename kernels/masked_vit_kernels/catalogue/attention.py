@@ -13,10 +13,11 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
-from case import Case, code_of, meta
+
 from masked_vit_kernels.attention_backward import backward_launches
 from masked_vit_kernels.attention_forward import forward_launch
 from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.catalogue.case import Case, code_of, meta
 from masked_vit_kernels.launch import KernelLaunch
 
 HEAD_DIMS = (24, 32, 64, 80, 88)

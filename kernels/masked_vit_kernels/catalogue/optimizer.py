@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, code_of, meta
+
 from masked_vit_kernels import adamw_ema_launch as launches
 from masked_vit_kernels.adamw_ema_kernels import COEFFICIENTS, TABLE_COLUMNS
+from masked_vit_kernels.catalogue.case import Case, code_of, meta
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from masked_vit_kernels.launch import KernelLaunch
 from torch import Tensor
+
+from masked_vit_kernels.launch import KernelLaunch
 
 # `mvk_dtype` of masked_vit_kernels.h; the generated manifest asserts that they agree.
 DTYPE_CODES = {

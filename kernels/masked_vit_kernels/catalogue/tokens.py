@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from attention_cases import attention_cases
-from case import Case, code_of, meta
+from torch import Tensor
+
 from masked_vit_kernels import ema, prediction_loss, predictor_tokens, rows
 from masked_vit_kernels import gather_kernels as gather
 from masked_vit_kernels import patch_embed_kernels as embed
+from masked_vit_kernels.catalogue.attention import attention_cases
+from masked_vit_kernels.catalogue.case import Case, code_of, meta
+from masked_vit_kernels.catalogue.optimizer import optimizer_cases
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.rows import RowIndex
-from optimizer_cases import optimizer_cases
-from torch import Tensor
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ROW_DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
