@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
+
 HERE = Path(__file__).parent
 H200_COPY = 4300  # GB/s, read plus write: what the goals in milliseconds were set against
-HEAD_DIMS = {24, 32, 64, 80, 88}
 RELEASED_LOSS = "layer_norm, index, smooth_l1"
 MFU_TARGETS = {"H/14": 0.60, "L/16": 0.55, "B/16": 0.50}
 
@@ -119,7 +120,7 @@ def attention_goals(results: Results) -> list[Goal]:
         if not table["equal_lengths"] and table["head_dim"] in (24, 80, 88)
     ]
     dense = [table for table in forward if table["equal_lengths"] and table["head_dim"] == 64]
-    lacking = HEAD_DIMS - {table["head_dim"] for table in forward}
+    lacking = set(HEAD_DIMS) - {table["head_dim"] for table in forward}
     note = f", without D={sorted(lacking)}" if forward and lacking else ""
     return [
         judged(1, f"attention forward, N<=256, all head dims{note}", "60 % of the floor",

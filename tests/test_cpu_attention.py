@@ -11,6 +11,7 @@ from masked_vit_kernels import (
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
 # Error allowed against float64, in units of the largest value: a few roundings of each dtype.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -48,7 +49,7 @@ def assert_close(actual, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 88])
+@pytest.mark.parametrize("head_dim", [8, *HEAD_DIMS])
 def test_separate_tensors_match_float64(dtype, head_dim):
     cu_q, cu_k = cu(LENGTHS), cu(KEY_LENGTHS)
     q = padded(sum(LENGTHS), 3, head_dim, dtype).requires_grad_()

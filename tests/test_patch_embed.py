@@ -13,6 +13,8 @@ from masked_vit_kernels import (
     patch_embed_kernels,
     reference,
 )
+from masked_vit_kernels.catalogue.tokens import token_cases
+from masked_vit_kernels.compile import compile_launch
 from masked_vit_kernels.rows import RowIndex, row_index
 from op_checks import (
     assert_accurate,
@@ -301,13 +303,14 @@ def test_wrong_arguments_are_named():
 )
 def test_pixels_are_read_as_wide_as_the_patch_allows(patch, dtype, widest):
     """A row of `patch` pixels starts at a multiple of its own size: that bounds the access."""
-    from masked_vit_kernels.audit import compile_launch
-
-    (case,) = [
+    wanted = {"image_dtype": dtype, "dtype": torch.bfloat16, "patch_size": patch,
+              "layout": "packed"}  # fmt: skip
+    case = next(
         case
-        for case in patch_embed_kernels.audit_cases(90)
-        if case.name == f"patch rows patch={patch} {str(dtype).removeprefix('torch.')}"
-    ]
+        for library_case in token_cases(90)
+        if library_case.op == "patch_rows" and wanted.items() <= library_case.keys.items()
+        for case in library_case.audit_cases()
+    )
     blocks = case.launch.arguments
     loads = re.findall(
         r"ld\.global\S*?((?:\.v\d)?)\.[bus](\d+)", compile_launch(case.launch, 90).asm["ptx"]

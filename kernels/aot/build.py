@@ -37,12 +37,12 @@ def main() -> None:
 
     import manifest
     from compiler import collect, compile_missing
-    from masked_vit_kernels.catalogue.tokens import all_cases
+    from masked_vit_kernels.catalogue import library_cases
 
     entries = [
         entry
         for capability in sorted(set(options.archs))
-        for entry in collect(all_cases(capability), capability, options.bundle.resolve())
+        for entry in collect(library_cases(capability), capability, options.bundle.resolve())
     ]
     kernels = list({id(kernel): kernel for entry in entries for kernel in entry.kernels}.values())
     print(f"  {len(entries)} cases, {len(kernels)} kernels", flush=True)

@@ -85,10 +85,10 @@ def collect(cases: Iterable[Case], capability: int, folder: Path) -> list[Entry]
     entries = []
     for case in cases:
         chosen = []
-        for launch in case.launches:
+        for launch, budget in zip(case.launches, case.budgets, strict=True):
             kernel = Kernel(capability, specialize_launch(launch, capability), folder)
             kernel = kernels.setdefault(kernel.key, kernel)
-            kernel.budgets.add(case.budget)
+            kernel.budgets.add(budget)
             chosen.append(kernel)
         entries.append(Entry(capability, case, tuple(chosen)))
     return entries

@@ -13,11 +13,28 @@ import json
 import zlib
 from pathlib import Path
 
+import torch
 from compiler import Entry, Kernel
 from masked_vit_kernels import adamw_ema_kernels, multi_tensor, packing, prediction_loss, rows
 from masked_vit_kernels.attention_common import MAX_GRID_Y
 from masked_vit_kernels.attention_forward import LOG2_E
-from masked_vit_kernels.catalogue.case import BOUNDS, DTYPE_CODES
+from masked_vit_kernels.catalogue.case import Key
+
+# `mvk_dtype` of masked_vit_kernels.h; the generated tables assert that they agree.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.uint8: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+}
+NO_DTYPE = -1
+# The other keys that are words in Python: layouts of rows and kinds of loss.
+WORD_CODES = {"every_token": 0, "dense": 1, "packed": 2, "smooth_l1": 0, "l2": 1}
+
+# Keys that are upper bounds: of an op's cases, the first whose bounds hold is meant.
+BOUNDS = ("max_seqlen_q", "max_seqlen_k", "max_programs")
 
 PARAMETER_TYPES = {"i32": "MVK_INT32", "i64": "MVK_INT64", "fp32": "MVK_FLOAT"}
 
@@ -37,6 +54,15 @@ LAUNCH_CONSTANTS = {
     "MVK_MOST_LOSS_PROGRAMS": prediction_loss.MOST_PROGRAMS,
     "MVK_LOG2_E": LOG2_E,
 }
+
+
+def code_of(key: Key) -> int:
+    """The number that C knows a key's value by."""
+    if key is None:
+        return NO_DTYPE
+    if isinstance(key, torch.dtype):
+        return DTYPE_CODES[key]
+    return WORD_CODES[key] if isinstance(key, str) else int(key)
 
 
 class _Lists:
@@ -158,7 +184,7 @@ def _tables(ops: dict[str, list[Entry]], kernels: list[Kernel], offsets: list[in
             for launch, kernel in zip(entry.case.launches, entry.kernels, strict=True):
                 fixed = [_c_constant(n, launch.arguments[n]) for n in entry.case.fixed]
                 launch_rows.append(f"{{{numbers[id(kernel)]}, {constant_lists.add(fixed)}}}")
-            values = ", ".join(str(int(value)) for value in entry.case.keys.values())
+            values = ", ".join(str(code_of(value)) for value in entry.case.keys.values())
             case_rows.append(
                 f"{{{entry.capability}, {first}, {len(entry.case.launches)}, {{{values}}}}}"
             )
@@ -216,7 +242,7 @@ def _manifest(entries: list[Entry], kernels: list[Kernel], offsets: list[int]) -
             {
                 "capability": entry.capability,
                 "op": entry.case.op,
-                "keys": entry.case.keys,
+                "keys": {name: code_of(value) for name, value in entry.case.keys.items()},
                 "kernels": [numbers[id(kernel)] for kernel in entry.kernels],
             }
             for entry in entries

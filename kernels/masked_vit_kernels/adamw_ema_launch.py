@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,9 +27,6 @@ from masked_vit_kernels.multi_tensor import (
     addresses,
     tile_map,
 )
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
 
 NOT_UPLOADED = -1  # a gradient address that was never sent: the step is skipped, not wrong
 MAX_CAPTURES = 32  # CUDA graphs that may hold a step of one set of tables
@@ -276,40 +272,3 @@ def _pointer_table(slots: Sequence[Slot]) -> Tensor:
         )
         table[index, :7] = torch.tensor([*addresses(columns), slot.numel])
     return table
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """The kernels in both modes: bfloat16 weights with masters, and float32 throughout."""
-    from masked_vit_kernels.audit import AuditCase
-
-    long, number = torch.int64, torch.float32
-    tiles = torch.empty(64, 2, dtype=torch.int32, device="meta")
-    table = torch.empty(8, TABLE_COLUMNS.value, dtype=long, device="meta")
-    gradients = torch.empty(8, dtype=long, device="meta")
-    partials = torch.empty(64, dtype=number, device="meta")
-    coefficients = torch.empty(8, COEFFICIENTS.value, dtype=number, device="meta")
-    scalars = torch.empty(4, dtype=number, device="meta")
-    for low in (torch.bfloat16, torch.float32):
-        bucket = Bucket(0, 64, low, low, low)
-        name = str(low).removeprefix("torch.")
-        launch = gradient_norm_launch(tiles, table, gradients, partials, bucket)
-        yield AuditCase(f"adamw_ema gradient norm {name}", launch, "streaming_with_tails")
-        launch = update_launch(tiles, table, gradients, coefficients, scalars, bucket)
-        yield AuditCase(f"adamw_ema update {name}", launch, "streaming_with_tails")
-    status = (
-        torch.empty((), device="meta"),
-        torch.empty((), dtype=torch.bool, device="meta"),
-        torch.empty((), dtype=long, device="meta"),
-    )
-    launch = decide_launch(
-        partials,
-        torch.empty((), device="meta"),
-        torch.empty(12, dtype=torch.float64, device="meta"),
-        torch.empty(8, dtype=torch.int32, device="meta"),
-        gradients,
-        torch.empty(8, device="meta"),
-        coefficients,
-        scalars,
-        status,
-    )
-    yield AuditCase("adamw_ema decide", launch, "reported")

@@ -8,14 +8,12 @@ follow flash-attn's varlen functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from masked_vit_kernels import cpu_attention
 from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
-from masked_vit_kernels.attention_common import MAX_HEAD_DIM, WIDEST_TUNED, readable
+from masked_vit_kernels.attention_common import MAX_HEAD_DIM, readable
 from masked_vit_kernels.attention_forward import forward_launch
 from masked_vit_kernels.attention_sequences import Sequences
 from masked_vit_kernels.checks import (
@@ -24,7 +22,7 @@ from masked_vit_kernels.checks import (
     check_same_device,
     check_shape,
 )
-from masked_vit_kernels.launch import AuditCase, runs_kernels
+from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.packing import Packing
 
 # The inputs of both ops are `x`, `y`, `z`: qkv alone, or q and kv, or q, k and v.
@@ -323,74 +321,4 @@ def _check_packing(name: str, packing: Packing | None, rows: int, max_seqlen: in
         raise ValueError(
             f"{name} describes {packing.capacity} rows in sequences up to {packing.max_seqlen}, "
             f"got {rows} rows and max_seqlen {max_seqlen}"
-        )
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """Every entry of the launch tables, from qkv views as a ViT's qkv projection writes them."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (24, 32, 64, 80, 88, 128):
-            for max_seqlen in (64, 128, 256, 512):
-                yield from _audit_length(dtype, head_dim, max_seqlen, capability)
-
-
-_WIDEST_FLOAT32 = ((80, 128), (100, 88), (100, 128))
-
-
-def _is_core(dtype: torch.dtype, head_dim: int, max_seqlen: int, capability: int) -> bool:
-    """The narrowest and widest tuned heads everywhere; on Hopper D=80, long and fp16 as well; the
-    float32 tiles that come closest to the limits of shared and tensor memory."""
-    if dtype == torch.float32 and max_seqlen == 128 and (capability, head_dim) in _WIDEST_FLOAT32:
-        return True
-    if dtype != torch.bfloat16:
-        return capability == 90 and head_dim == 32 and max_seqlen == 128
-    if capability == 90 and head_dim == 80:
-        return True
-    return head_dim in (24, 88) and max_seqlen in (
-        (128, 256, 512) if capability == 90 else (128, 256)
-    )
-
-
-def _audit_length(
-    dtype: torch.dtype, head_dim: int, max_seqlen: int, capability: int
-) -> Iterator[AuditCase]:
-    rows, heads, sequences = 16384, 16, 128
-
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device="meta")
-
-    def floats(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    qkv, dqkv = floats(rows, 3, heads, head_dim), floats(rows, 3, heads, head_dim)
-    out, dout = floats(rows, heads, head_dim), floats(rows, heads, head_dim)
-    lse = floats(heads, rows, dtype=torch.float32)
-    side = Sequences(
-        cu_seqlens=integers(sequences + 1), max_seqlen=max_seqlen,
-        tile_map=integers(rows // 64 + sequences, 2),
-        wide_tile_map=integers(rows // 128 + sequences, 2), order=integers(sequences),
-    )  # fmt: skip
-    q, k, v = qkv.unbind(1)
-    dq, dk, dv = dqkv.unbind(1)
-    name = f"D={head_dim} keys<={max_seqlen} {str(dtype).removeprefix('torch.')}"
-    core = _is_core(dtype, head_dim, max_seqlen, capability)
-    limited = dtype != torch.float32 and head_dim <= WIDEST_TUNED
-
-    forward = forward_launch(
-        q=q, k=k, v=v, out=out, lse=lse, queries=side, keys=side, softmax_scale=head_dim**-0.5,
-        capability=capability,
-    )  # fmt: skip
-    yield AuditCase(f"attention forward {name}", forward, "matmul" if limited else "reported", core)
-
-    launches = backward_launches(
-        q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=lse, dq=dq, dk=dk, dv=dv,
-        queries=side, keys=side, softmax_scale=head_dim**-0.5, capability=capability,
-    )  # fmt: skip
-    for launch in launches:
-        kind, keys = launch.arguments["KIND"], launch.arguments["BLOCK_K"]
-        if kind == "resident" and keys <= 128 and max_seqlen > 128:
-            continue  # the very launch of keys<=128
-        budget = "matmul" if max_seqlen <= 128 else "matmul_two_phase"
-        yield AuditCase(
-            f"attention backward {kind} {name}", launch, budget if limited else "reported", core
         )

@@ -2,33 +2,31 @@
 
     python -m masked_vit_kernels.audit [--capability 90] [--match TEXT] [--core]
 
-An op takes part by having, in its module, a generator `audit_cases(capability)` of `AuditCase`s:
-launches built from `meta` tensors by the very function that builds the real launch. The audit binds
-the arguments as Triton's launcher does (types, constexprs, divisibility), compiles them with
-Triton's own compiler and ptxas, and reads registers, stack and instructions off the machine code.
+What it compiles are the launches of the catalogue, built from `meta` tensors by the very functions
+that build the real ones. They are compiled as Triton's launcher would (`compile.py`), with Triton's
+own ptxas; registers, stack and instructions are read off the machine code, once a kernel: several
+cases may share one.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.compiler import CompiledKernel
 
-import masked_vit_kernels
 from masked_vit_kernels.audit_budgets import BUDGETS
+from masked_vit_kernels.catalogue import AuditCase, audit_cases
 from masked_vit_kernels.compile import compile_launch
-from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT, AuditCase
+from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -54,20 +52,6 @@ class Measurement:
     instructions: int
 
 
-def audited_modules() -> list[str]:
-    """Modules of the package that define `audit_cases`."""
-    names = [info.name for info in pkgutil.iter_modules(masked_vit_kernels.__path__)]
-    skipped = {"audit", "audit_budgets", "compile", "selftest"}
-    modules = [f"masked_vit_kernels.{name}" for name in names if name not in skipped]
-    return [m for m in modules if hasattr(importlib.import_module(m), "audit_cases")]
-
-
-def all_cases(capability: int) -> Iterator[AuditCase]:
-    """The cases of every op for one capability."""
-    for name in audited_modules():
-        yield from importlib.import_module(name).audit_cases(capability)
-
-
 def disassemble(cubin: bytes) -> str:
     """The machine code of a cubin as nvdisasm prints it."""
     return _run_tool("nvdisasm", "-c", cubin=cubin)
@@ -84,7 +68,12 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def measure(compiled: CompiledKernel, capability: int) -> Measurement:
     """Registers, stack and instruction counts of a compiled kernel."""
-    cubin = compiled.asm["cubin"]
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
+    return _measure(compiled.asm["cubin"], shared, tensor_memory, capability)
+
+
+@functools.cache
+def _measure(cubin: bytes, shared: int, tensor_memory: int, capability: int) -> Measurement:
     registers, stack_bytes = resource_usage(cubin)
     code = parse_instructions(disassemble(cubin))
     opcodes = [opcode for _, opcode, _ in code]
@@ -93,8 +82,8 @@ def measure(compiled: CompiledKernel, capability: int) -> Measurement:
     return Measurement(
         registers=registers,
         stack_bytes=stack_bytes,
-        shared_bytes=compiled.metadata.shared,
-        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0),
+        shared_bytes=shared,
+        tensor_memory_columns=tensor_memory,
         local_accesses=len(local),
         local_in_loops=sum(any(a <= x <= b for a, b in loops) for x in local),
         narrow_accesses=_count(opcodes, r"(LDG|STG)\b.*\.[US](8|16)\b"),
@@ -193,19 +182,20 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
 
-    print(f"{'sm':>3} {'kernel':58} {'reg':>3} {'stack':>5} {'shared':>6} {'mma':>4} {'warps':>5}")
+    print(f"{'sm':>3} {'reg':>3} {'stack':>5} {'shared':>6} {'mma':>4} {'warps':>5} kernel")
     failures = 0
     for capability in options.capability or CAPABILITIES:
-        for case in all_cases(capability):
+        for case in audit_cases(capability):
             if options.match not in case.name or (options.core and not case.core):
                 continue
             found = measure(compile_launch(case.launch, capability), capability)
             broken = violations(case, found, capability)
             failures += bool(broken)
+            over = f"  OVER: {'; '.join(broken)}" if broken else ""
             print(
-                f"{capability:>3} {case.name:58} {found.registers:>3} {found.stack_bytes:>5} "
-                f"{found.shared_bytes:>6} {found.matrix_instructions:>4} {case.launch.num_warps:>5}"
-                f"{'  OVER: ' + '; '.join(broken) if broken else ''}",
+                f"{capability:>3} {found.registers:>3} {found.stack_bytes:>5}"
+                f" {found.shared_bytes:>6} {found.matrix_instructions:>4}"
+                f" {case.launch.num_warps:>5} {case.name}{over}",
                 flush=True,
             )
     print(f"{failures} over budget" if failures else "every budget holds")

@@ -11,8 +11,7 @@ momentum .996 a bfloat16 weight would never move, because the change rounds away
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,9 +31,6 @@ from masked_vit_kernels.multi_tensor import (
     local,
     tile_map,
 )
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
 
 
 @triton.jit
@@ -98,18 +94,6 @@ def ema_launch(
             "BLOCK": UPDATE_BLOCK,
         },
     )
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """float32 targets of float32 and bfloat16 sources."""
-    from masked_vit_kernels.audit import AuditCase
-
-    tiles = torch.empty(64, 2, dtype=torch.int32, device="meta")
-    table = torch.empty(8, 4, dtype=torch.int64, device="meta")
-    for source in (torch.float32, torch.bfloat16):
-        launch = ema_launch(tiles, table, 0.996, source)
-        name = f"ema from {str(source).removeprefix('torch.')}"
-        yield AuditCase(name, launch, "streaming_with_tails")
 
 
 class _Tables:

@@ -8,10 +8,6 @@ fill included, is written once in one launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,9 +21,6 @@ from masked_vit_kernels.rows import (
     sum_dtype,
     tile_rows,
 )
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -301,33 +294,3 @@ def fill_gradient_launch(
             "SUM_DTYPE": sum_dtype(grad),
         },
     )
-
-
-# ----------------------------------------------------------------------------- compile audit
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """Every kernel of this file at the widths of the models."""
-    from masked_vit_kernels.audit import AuditCase
-
-    for width in (192, 384, 768, 1280, 1408):
-        for dtype in (torch.bfloat16, torch.float32):
-            name = f"D={width} {str(dtype).removeprefix('torch.')}"
-            core = width == 1280 and dtype == torch.bfloat16
-            x = torch.empty(32, 256, width, dtype=dtype, device="meta")
-            rows = torch.empty(4096, width, dtype=dtype, device="meta")
-            ids = torch.empty(4096, dtype=torch.int64, device="meta")
-            sequences = torch.empty(4096, dtype=torch.int32, device="meta")
-            places = torch.empty(32 * 256, dtype=torch.int32, device="meta")
-            partial = torch.empty(8, 256, width, dtype=torch.float32, device="meta")
-            index = RowIndex(ids, sequences, 1, 4)
-            launches = {
-                "gather packed": gather_rows_launch(x, index, rows),
-                "gather dense": gather_rows_launch(x, RowIndex(ids, None, 128, 1), rows),
-                "scatter zeros": scatter_rows_launch(rows, None, index, places, x),
-                "scatter fill": scatter_rows_launch(rows, x[0, 0].expand_as(x), index, places, x),
-                "scatter fill gradient": fill_gradient_launch(x, index, places, partial),
-            }
-            for kind, launch in launches.items():
-                yield AuditCase(f"{kind} {name}", launch, "streaming", core)
-    yield AuditCase("gather inverse map", invert_rows_launch(index, 256, places), "reported")

@@ -75,23 +75,6 @@ class KernelLaunch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-@dataclass(frozen=True)
-class AuditCase:
-    """One launch for the compile audit, see `audit.py`.
-
-    Attributes:
-        name: op and variant, for instance "attention forward D=80 keys<=128 bf16".
-        launch: built from `meta` tensors by the op's own launch function.
-        budget: key of `audit_budgets.BUDGETS`.
-        core: belongs to the short audit that runs with the tests.
-    """
-
-    name: str
-    launch: KernelLaunch
-    budget: str
-    core: bool = True
-
-
 _use_bundle_once = functools.cache(use_bundle_of_environment)
 
 

@@ -7,9 +7,6 @@ knows what they are multiples of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +14,6 @@ from torch import Tensor
 
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.rows import ROW_COUNTS, RowIndex, column_block, locate_rows, tile_rows
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
 
 IMAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -425,63 +419,4 @@ def fused_patch_embed_launch(
         },
         num_warps=4 if full_precision else 8,
         num_stages=2 if capability == 80 else 3,
-    )
-
-
-# ----------------------------------------------------------------------------- compile audit
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """Every kernel of this file: patch sizes 8 to 32, uint8 and float images."""
-    from masked_vit_kernels.audit import AuditCase
-
-    def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    index = RowIndex(meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int32), 1, 1)
-    statistics = meta(3, dtype=torch.float32)
-    for patch, size in ((8, 32), (12, 96), (14, 224), (16, 224), (32, 224)):
-        for dtype in (torch.uint8, torch.bfloat16, torch.float32):
-            images = meta(8, 3, size, size, dtype=dtype)
-            out = meta(4096, padded_pixels(images, (patch, patch)), dtype=torch.bfloat16)
-            narrow = (patch & -patch) * images.element_size() < 4
-            name = f"patch={patch} {str(dtype).removeprefix('torch.')}"
-            yield AuditCase(
-                f"patch rows {name}",
-                patch_rows_launch(images, statistics, statistics, index, (patch, patch), out),
-                "narrow_pixels" if narrow else "pixels",
-                core=dtype == torch.uint8 and patch in (14, 16),
-            )
-            weight = meta(768, out.shape[1], dtype=torch.bfloat16)
-            vector = meta(768, dtype=torch.bfloat16)
-            position = meta((size // patch) ** 2, 768, dtype=torch.float32)
-            tokens = meta(4096, 768, dtype=torch.bfloat16)
-            yield AuditCase(
-                f"fused patch embed {name}",
-                fused_patch_embed_launch(
-                    images, statistics, statistics, weight, vector, position,
-                    index, (patch, patch), tokens, capability,
-                ),
-                "narrow_pixels_matmul" if narrow else "matmul",
-                core=dtype == torch.uint8 and patch in (14, 16),
-            )  # fmt: skip
-    yield AuditCase(
-        "fused patch embed patch=32 float32 weight",
-        fused_patch_embed_launch(
-            images, statistics, statistics, meta(*weight.shape, dtype=torch.float32), None, None,
-            index, (patch, patch), meta(4096, 768, dtype=torch.float32), capability,
-        ),
-        "reported",
-        core=False,
-    )  # fmt: skip
-    partial = meta(64, 768, dtype=torch.float32)
-    yield AuditCase(
-        "add position D=768",
-        add_position_launch(tokens, vector, position, index, position.shape[0], tokens),
-        "streaming",
-    )
-    yield AuditCase(
-        "add position backward D=768",
-        add_position_backward_launch(tokens, index, position.shape[0], tokens, partial),
-        "streaming",
     )

@@ -16,9 +16,6 @@ Bytes moved a row of D elements of size e: forward 2 * e * D, backward 3 * e * D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -33,9 +30,6 @@ from masked_vit_kernels.checks import (
 )
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
 from masked_vit_kernels.rows import column_block, with_unit_columns
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
 
 KINDS = ("smooth_l1", "l2")
 
@@ -400,29 +394,3 @@ def latent_prediction_loss(
     features = target_features.detach().reshape(-1, width)
     out, _, _ = prediction_loss(predictions, features, target_rows, denominator, kind)
     return out[0]
-
-
-# ----------------------------------------------------------------------------- compile audit
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """Forward and backward at the encoder widths, both kinds."""
-    from masked_vit_kernels.audit import AuditCase
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    ids, vector, pair = meta(4096, dtype=torch.int64), meta(4096), meta(2)
-    for width in (192, 384, 768, 1024, 1280, 1408):
-        for dtype in (torch.bfloat16, torch.float32):
-            for kind in KINDS:
-                rows = meta(4096, width, dtype=dtype)
-                name = f"{kind} D={width} {str(dtype).removeprefix('torch.')}"
-                core = width == 1280 and dtype == torch.bfloat16 and kind == "smooth_l1"
-                forward = loss_forward_launch(rows, rows, ids, vector, vector, meta(2, 2048), kind)
-                backward = loss_backward_launch(
-                    meta(), pair, rows, rows, ids, vector, vector, rows, kind
-                )
-                yield AuditCase(f"loss forward {name}", forward, "streaming", core)
-                yield AuditCase(f"loss backward {name}", backward, "streaming", core)
-    yield AuditCase("loss finish", loss_finish_launch(meta(2, 2048), None, 768, pair), "reported")

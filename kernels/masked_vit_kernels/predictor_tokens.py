@@ -15,9 +15,6 @@ positions are read M times, from L2); backward e * P read once and 1 / M of it w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -34,9 +31,6 @@ from masked_vit_kernels.rows import (
     tile_rows,
     with_unit_columns,
 )
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -377,30 +371,3 @@ def assemble_predictor_tokens(
         context, mask_token.reshape(width), pos_embed.reshape(-1, width), context_ids, target_ids,
         packing.source_rows, packing.context_copies, packing.target_rows,
     )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------- compile audit
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """Forward and backward at the predictor widths."""
-    from masked_vit_kernels.audit import AuditCase
-
-    ids = torch.empty(4096, dtype=torch.int64, device="meta")
-    copies = torch.empty(4096, 4, dtype=torch.int64, device="meta")
-    for width in (192, 384, 1024):
-        for dtype in (torch.bfloat16, torch.float32):
-            rows = torch.empty(4096, width, dtype=dtype, device="meta")
-            position = torch.empty(256, width, device="meta")
-            partial = torch.empty(64, width, device="meta")
-            launches = {
-                "forward": assemble_launch(rows, position[0], position, ids, ids, ids, rows),
-                "backward": assemble_backward_launch(rows, copies, ids, rows, partial),
-            }
-            for kind, launch in launches.items():
-                yield AuditCase(
-                    f"predictor tokens {kind} D={width} {str(dtype).removeprefix('torch.')}",
-                    launch,
-                    "streaming",
-                    core=width == 384 and dtype == torch.bfloat16,
-                )

@@ -16,8 +16,7 @@ the same bits in every run. Bytes moved: every value once, plus 12 bytes of sort
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,10 +26,6 @@ from torch import Tensor
 from masked_vit_kernels.checks import check_index_dtype, check_shape
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two
 from masked_vit_kernels.packing import Packing
-
-if TYPE_CHECKING:
-    from masked_vit_kernels.audit import AuditCase
-
 
 # Counts among the kernels' parameters: one compiled kernel serves all their values. Strides stay
 # specialised, they decide how wide loads are.
@@ -220,23 +215,3 @@ def sum_rows_by_place(
     out = torch.empty(num_places, values.shape[1], dtype=dtype, device=values.device)
     segmented_sum_launch(values, order, starts, out).run()
     return out
-
-
-def audit_cases(capability: int) -> Iterator[AuditCase]:
-    """The sum over places with few rows each and with many."""
-    from masked_vit_kernels.audit import AuditCase
-
-    for width in (384, 768, 1280):
-        for dtype in (torch.bfloat16, torch.float32):
-            values = torch.empty(65536, width, dtype=dtype, device="meta")
-            order = torch.empty(65536, dtype=torch.int64, device="meta")
-            for kind, num_places in (("few", 32768), ("many", 256)):
-                starts = torch.empty(num_places + 1, dtype=torch.int64, device="meta")
-                out = torch.empty(num_places, width, dtype=dtype, device="meta")
-                yield AuditCase(
-                    f"sum by place, {kind} rows D={width} {str(dtype).removeprefix('torch.')}",
-                    segmented_sum_launch(values, order, starts, out),
-                    # One row is stored for many read: its store may be narrow.
-                    "streaming" if kind == "few" else "streaming_with_tails",
-                    core=width == 1280 and dtype == torch.bfloat16,
-                )

@@ -19,6 +19,8 @@ from torch import Tensor
 
 import masked_vit_kernels as ops
 from masked_vit_kernels import reference
+from masked_vit_kernels.attention_common import MAX_HEAD_DIM
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
 # Largest error, relative to the largest exact value (at least 1).
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -86,7 +88,10 @@ def _check(
 
 def check_attention(machine: Machine) -> float:
     """`varlen_attention_qkvpacked` and `varlen_attention` with other lengths for the keys."""
-    head_dim, heads = 8 * machine.integer(1, 16), machine.integer(1, 4)
+    # Every other problem has a head dim of the released models, which have tiles of their own.
+    head_dims = HEAD_DIMS if machine.integer(0, 1) else range(8, MAX_HEAD_DIM + 1, 8)
+    head_dim = head_dims[machine.integer(0, len(head_dims) - 1)]
+    heads = machine.integer(1, 4)
     longest = (64, 128, 256, 400)[machine.integer(0, 3)]
     count = machine.integer(1, 4)
     packings = []

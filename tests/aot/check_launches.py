@@ -30,6 +30,7 @@ from masked_vit_kernels import patch_embed_kernels as embed
 from masked_vit_kernels.attention_backward import backward_launches
 from masked_vit_kernels.attention_forward import forward_launch
 from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.catalogue.sizes import ENCODER_WIDTHS, HEAD_DIMS
 from masked_vit_kernels.compile import specialize_launch
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.rows import RowIndex
@@ -40,8 +41,6 @@ cubin_hash = functools.cache(slow_cubin_hash)
 DRAWS = 30
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = FLOATS[1:]
-WIDTHS = (192, 384, 768, 1024, 1280, 1408)
-HEAD_DIMS = (24, 32, 64, 80, 88)
 LENGTHS = (1, 17, 63, 64, 65, 100, 128, 129, 197, 256, 257, 300, 784)
 
 
@@ -213,8 +212,11 @@ def test_a_map_longer_than_a_grid_axis(drawn):
         cu_seqlens_k=cu_seqlens, tile_map_q=tiles, wide_tile_map_q=tiles,
         num_tiles_q=len(tiles), num_wide_tiles_q=len(tiles),
     )  # fmt: skip
+    both = Sequences(
+        cu_seqlens=cu_seqlens, max_seqlen=64, tile_map=tiles, wide_tile_map=tiles
+    )  # fmt: skip
     launch = forward_launch(
-        q, q, q, q, lse, cu_seqlens, cu_seqlens, tiles, tiles, 64, 64, 0.125,
+        q=q, k=q, v=q, out=q, lse=lse, queries=both, keys=both, softmax_scale=0.125,
         capability=capability,
     )  # fmt: skip
     assert launch.grid[2] > 1
@@ -223,7 +225,7 @@ def test_a_map_longer_than_a_grid_axis(drawn):
 
 @pytest.mark.parametrize("capability", ARCHS)
 def test_gather_rows_of_every_size(capability):
-    for seed, (dtype, width) in enumerate(itertools.product(FLOATS, WIDTHS * 6)):
+    for seed, (dtype, width) in enumerate(itertools.product(FLOATS, ENCODER_WIDTHS * 6)):
         FAKE.reset(capability)
         _gather_alike(capability, random.Random(seed), dtype, width)
 
@@ -240,7 +242,7 @@ def _gather_alike(capability: int, draw: random.Random, dtype: torch.dtype, widt
 
 def test_scatter_rows(drawn):
     capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+    dtype, width, tokens = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 300)
     index, num_rows, c_index = _index(draw, 3, tokens, every=False)
     x, out = torch.empty(num_rows, width, dtype=dtype), torch.empty(3, tokens, width, dtype=dtype)
     fill = draw.choice([None, torch.empty(width, dtype=dtype).expand(out.shape), out.clone()])
@@ -258,7 +260,7 @@ def test_scatter_rows(drawn):
 
 def test_scatter_fill_gradient(drawn):
     capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+    dtype, width, tokens = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 300)
     index, _, c_index = _index(draw, 3, tokens, every=False)
     grad = torch.empty(3, tokens, width, dtype=dtype)
     places = torch.empty(3 * tokens, dtype=torch.int32)
@@ -275,7 +277,7 @@ def test_scatter_fill_gradient(drawn):
 
 def test_sum_rows_by_place(drawn):
     capability, draw = drawn
-    dtype, width, num_rows = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 900)
+    dtype, width, num_rows = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 900)
     num_places = max(1, num_rows // draw.choice([1, 3, 4, 5, 20]))
     values, out = (torch.empty(n, width, dtype=dtype) for n in (num_rows, num_places))
     order, starts = _ids(num_rows), _ids(num_places + 1)
@@ -328,7 +330,7 @@ def test_embed_visible_patches(drawn):
 
 def test_add_position_and_its_backward(drawn):
     capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+    dtype, width, tokens = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 300)
     bias_dtype = draw.choice([dtype, torch.float32])
     index, num_rows, c_index = _index(draw, 3, tokens, every=True)
     x, out = (torch.empty(num_rows, width, dtype=dtype) for _ in range(2))
@@ -376,7 +378,7 @@ def test_predictor_tokens(drawn):
 
 def test_prediction_loss_and_its_backward(drawn):
     capability, draw = drawn
-    dtype, width = draw.choice(FLOATS), draw.choice(WIDTHS)
+    dtype, width = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS)
     feature_dtype, kind = draw.choice([dtype, torch.float32]), draw.choice([0, 1])
     num_rows = draw.choice([1, 2, 31, 32, 33, 1000, 2048, 2049, 5000])
     predictions = torch.empty(num_rows, width, dtype=dtype)

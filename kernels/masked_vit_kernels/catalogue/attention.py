@@ -3,6 +3,9 @@
 The tables are functions of the longest query and key sequence. Where they change is found by
 calling them: along each axis, at powers of two and then by bisection, every length at which any
 launch differs from the one before.
+
+The library holds the tuned head dims in half precision. Only audited besides: float32, and the
+widest heads.
 """
 
 from __future__ import annotations
@@ -15,61 +18,124 @@ from collections.abc import Callable, Iterator
 import torch
 
 from masked_vit_kernels.attention_backward import backward_launches
+from masked_vit_kernels.attention_common import MAX_HEAD_DIM, WIDEST_TUNED
 from masked_vit_kernels.attention_forward import forward_launch
 from masked_vit_kernels.attention_sequences import Sequences
-from masked_vit_kernels.catalogue.case import Case, code_of, meta
+from masked_vit_kernels.catalogue.case import UNBOUNDED, Case, meta
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from masked_vit_kernels.launch import KernelLaunch
+from masked_vit_kernels.packing import TILE, WIDE_TILE
 
-HEAD_DIMS = (24, 32, 64, 80, 88)
-DTYPES = (torch.bfloat16, torch.float16)
 LONGEST = 1 << 20
-UNBOUNDED = 2**31 - 1
+LENGTHS = (64, 128, 256, 512)  # of the core cases and of those that are only audited
 _FIXED = ("keys_over", "keys_up_to")
 
 Launches = Callable[[int, int], tuple[KernelLaunch, ...]]
 
 
 def attention_cases(capability: int) -> Iterator[Case]:
-    """Forward and backward, with the tile maps of packings and without."""
-    for dtype, head_dim, mapped in itertools.product(DTYPES, HEAD_DIMS, (True, False)):
-        keys = {"dtype": code_of(dtype), "head_dim": head_dim, "mapped": int(mapped)}
-        for op, build in (("attention_forward", _forward), ("attention_backward", _backward)):
-            launches = functools.cache(
-                functools.partial(build, dtype, head_dim, mapped, capability)
-            )
-            fixed = _FIXED if build is _backward else ()
-            for q, k in _cells(launches, fixed):
-                bounds = {
-                    "max_seqlen_k": UNBOUNDED if k == LONGEST else k,
-                    "max_seqlen_q": UNBOUNDED if q == LONGEST else q,
-                }
-                yield Case(op, keys | bounds, launches(q, k), _budget(launches(q, k), k), fixed)
+    """Forward and backward of qkv views, as a ViT's qkv projection writes them."""
+    for dtype, head_dim, mapped in itertools.product(
+        (torch.bfloat16, torch.float16), HEAD_DIMS, (True, False)
+    ):
+        yield from _library_cases(dtype, head_dim, mapped, capability)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (*HEAD_DIMS, MAX_HEAD_DIM):
+            if dtype == torch.float32 or head_dim not in HEAD_DIMS:
+                yield from _audited_cases(dtype, head_dim, capability)
 
 
-def _budget(launches: tuple[KernelLaunch, ...], longest_key: int) -> str:
-    """The audit's: programs of two phases may keep a few bytes on the stack."""
-    kinds = {launch.arguments.get("KIND", "forward") for launch in launches}
-    within = kinds == {"forward"} or (longest_key <= 128 and "two_phase" not in kinds)
-    return "matmul" if within else "matmul_two_phase"
+def _library_cases(
+    dtype: torch.dtype, head_dim: int, mapped: bool, capability: int
+) -> Iterator[Case]:
+    """Every range of lengths, with the tile maps of packings or without."""
+    for op, build in _OPS.items():
+        launches = functools.cache(functools.partial(build, dtype, head_dim, mapped, capability))
+        fixed = _FIXED if build is _backward else ()
+        ends_q, ends_k = _ends(build, head_dim, capability, fixed)
+        _check_ranges(launches, ends_q, ends_k, fixed)
+        core = {
+            (_range_of(length, ends_q), _range_of(length, ends_k))
+            for length in LENGTHS
+            if mapped and _is_core(dtype, head_dim, length, capability)
+        }
+        for k, q in itertools.product(ends_k, ends_q):
+            yield Case(
+                op, _keys(dtype, head_dim, mapped, q, k), launches(q, k),
+                tuple(map(_budget, launches(q, k))), fixed, core=(q, k) in core,
+            )  # fmt: skip
+
+
+def _audited_cases(dtype: torch.dtype, head_dim: int, capability: int) -> Iterator[Case]:
+    for (op, build), length in itertools.product(_OPS.items(), LENGTHS):
+        launches = build(dtype, head_dim, True, capability, length, length)
+        yield Case(
+            op, _keys(dtype, head_dim, True, length, length), launches,
+            tuple(map(_budget, launches)), core=_is_core(dtype, head_dim, length, capability),
+            in_library=False,
+        )  # fmt: skip
+
+
+def _keys(dtype: torch.dtype, head_dim: int, mapped: bool, longest_q: int, longest_k: int) -> dict:
+    return {
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "mapped": int(mapped),
+        "max_seqlen_k": UNBOUNDED if longest_k == LONGEST else longest_k,
+        "max_seqlen_q": UNBOUNDED if longest_q == LONGEST else longest_q,
+    }
+
+
+def _budget(launch: KernelLaunch) -> str:
+    """A kernel's, whatever lengths it serves: two phases alone may keep a few bytes on the stack.
+
+    Measured over every tuned half-precision kernel: the two-phase ones have up to 24 bytes there,
+    none touched in a loop, all others have none.
+    """
+    head_dim = launch.arguments["HEAD_DIM"]
+    if launch.arguments["q_ptr"].dtype == torch.float32 or head_dim > WIDEST_TUNED:
+        return "reported"
+    return "matmul_two_phase" if launch.arguments.get("KIND") == "two_phase" else "matmul"
+
+
+# The float32 tiles that come closest to the limits of shared and tensor memory.
+_WIDEST_FLOAT32 = ((80, 128), (100, 88), (100, 128))
+
+
+def _is_core(dtype: torch.dtype, head_dim: int, max_seqlen: int, capability: int) -> bool:
+    """The narrowest and widest tuned heads everywhere; on Hopper D=80, long and fp16 as well."""
+    if dtype == torch.float32 and max_seqlen == 128 and (capability, head_dim) in _WIDEST_FLOAT32:
+        return True
+    if dtype != torch.bfloat16:
+        return capability == 90 and head_dim == 32 and max_seqlen == 128
+    if capability == 90 and head_dim == 80:
+        return True
+    return head_dim in (24, 88) and max_seqlen in (
+        (128, 256, 512) if capability == 90 else (128, 256)
+    )
+
+
+_ROWS, _HEADS, _SEQUENCES = 1024, 16, 32  # any numbers: the kernels are not told
 
 
 def _side(mapped: bool, max_seqlen: int) -> Sequences:
-    sequences = 32
     integers = functools.partial(meta, dtype=torch.int32)
+    cu_seqlens = integers(_SEQUENCES + 1)
+    if not mapped:
+        return Sequences(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     return Sequences(
-        cu_seqlens=integers(sequences + 1),
+        cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
-        tile_map=integers(8, 2) if mapped else None,
-        wide_tile_map=integers(8, 2) if mapped else None,
-        order=integers(sequences) if mapped else None,
+        tile_map=integers(_ROWS // TILE + _SEQUENCES, 2),
+        wide_tile_map=integers(_ROWS // WIDE_TILE + _SEQUENCES, 2),
+        order=integers(_SEQUENCES),
     )
 
 
 def _forward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelLaunch, ...]:
-    rows, heads = 1024, 16
-    q, k, v = meta(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
+    q, k, v = meta(_ROWS, 3, _HEADS, head_dim, dtype=dtype).unbind(1)
     launch = forward_launch(
-        q=q, k=k, v=v, out=meta(rows, heads, head_dim, dtype=dtype), lse=meta(heads, rows),
+        q=q, k=k, v=v, out=meta(_ROWS, _HEADS, head_dim, dtype=dtype), lse=meta(_HEADS, _ROWS),
         queries=_side(mapped, max_q), keys=_side(mapped, max_k), softmax_scale=head_dim**-0.5,
         capability=capability,
     )  # fmt: skip
@@ -77,15 +143,25 @@ def _forward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelL
 
 
 def _backward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelLaunch, ...]:
-    rows, heads = 1024, 16
-    q, k, v = meta(rows, 3, heads, head_dim, dtype=dtype).unbind(1)
-    out, lse = meta(rows, heads, head_dim, dtype=dtype), meta(heads, rows)
+    q, k, v = meta(_ROWS, 3, _HEADS, head_dim, dtype=dtype).unbind(1)
+    out, lse = meta(_ROWS, _HEADS, head_dim, dtype=dtype), meta(_HEADS, _ROWS)
     launches = backward_launches(
         q=q, k=k, v=v, out=out, dout=out, lse=lse, delta=lse, dq=q, dk=k, dv=v,
         queries=_side(mapped, max_q), keys=_side(mapped, max_k), softmax_scale=head_dim**-0.5,
         capability=capability,
     )  # fmt: skip
     return tuple(launches)
+
+
+_OPS = {"attention_forward": _forward, "attention_backward": _backward}
+
+
+def launches_of(
+    dtype: torch.dtype, head_dim: int, longest: int, capability: int
+) -> tuple[KernelLaunch, ...]:
+    """Forward and backward of packings whose sequences are at most so long."""
+    built = [of(dtype, head_dim, True, capability, longest, longest) for of in _OPS.values()]
+    return tuple(itertools.chain(*built))
 
 
 def _fingerprint(launches: tuple[KernelLaunch, ...], fixed: tuple[str, ...]) -> tuple:
@@ -100,8 +176,20 @@ def _fingerprint(launches: tuple[KernelLaunch, ...], fixed: tuple[str, ...]) -> 
     )
 
 
-def _cells(launches: Launches, fixed: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(longest query, longest key) of every range of lengths, queries varying fastest."""
+@functools.cache
+def _ends(
+    build: Callable[..., tuple[KernelLaunch, ...]],
+    head_dim: int,
+    capability: int,
+    fixed: tuple[str, ...],
+) -> tuple[list[int], list[int]]:
+    """The longest query and the longest key of every range of lengths.
+
+    They are looked for in bfloat16 without maps: `_check_ranges` sees that the others share them.
+    """
+    launches = functools.cache(
+        functools.partial(build, torch.bfloat16, head_dim, False, capability)
+    )
     samples = sorted({1, 16, 48, LONGEST} | {2**i for i in range(5, 12)} | {96, 192, 384})
 
     def same_at(q: int, k: int) -> tuple:
@@ -109,13 +197,23 @@ def _cells(launches: Launches, fixed: tuple[str, ...]) -> list[tuple[int, int]]:
 
     ends_q = _last_lengths(lambda q: tuple(same_at(q, k) for k in samples))
     ends_k = _last_lengths(lambda k: tuple(same_at(q, k) for q in samples))
+    return ends_q, ends_k
+
+
+def _check_ranges(
+    launches: Launches, ends_q: list[int], ends_k: list[int], fixed: tuple[str, ...]
+) -> None:
+    """Draw lengths and raise where they launch other kernels than the end of their range does."""
     generator = random.Random(0)
     for _ in range(200):
         q, k = (int(2 ** generator.uniform(0, 11)) for _ in range(2))
-        cell = (min(end for end in ends_q if end >= q), min(end for end in ends_k if end >= k))
-        if same_at(q, k) != same_at(*cell):
+        cell = (_range_of(q, ends_q), _range_of(k, ends_k))
+        if _fingerprint(launches(q, k), fixed) != _fingerprint(launches(*cell), fixed):
             raise AssertionError(f"lengths {q}, {k} launch other kernels than their range {cell}")
-    return [(q, k) for k in ends_k for q in ends_q]
+
+
+def _range_of(length: int, ends: list[int]) -> int:
+    return min(end for end in ends if end >= length)
 
 
 def _last_lengths(kernels_at: Callable[[int], tuple]) -> list[int]:

@@ -1,7 +1,8 @@
-"""One entry of the C library's tables, and the numbers that C and Python call dtypes by."""
+"""One entry of the catalogue: what is launched for which sizes, and what that may cost."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,18 +10,9 @@ from torch import Tensor
 
 from masked_vit_kernels.launch import KernelLaunch
 
-# `mvk_dtype` of masked_vit_kernels.h; the generated manifest asserts that they agree.
-DTYPE_CODES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.uint8: 3,
-    torch.int32: 4,
-    torch.int64: 5,
-}
+Key = int | str | torch.dtype | None
 
-# Keys that are upper bounds: of an op's cases, the first whose bounds hold is meant.
-BOUNDS = ("max_seqlen_q", "max_seqlen_k", "max_programs")
+UNBOUNDED = 2**31 - 1  # as a longest sequence
 
 
 @dataclass(frozen=True)
@@ -29,22 +21,51 @@ class Case:
 
     Attributes:
         op: the C function's name without `mvk_`.
-        keys: what the C function looks for; the same names in the same order for all of an op.
+        keys: what the C function looks for; the same names in the same order for all of an op that
+            are in the library.
         launches: kernels, in order.
-        budget: key of `audit_budgets.BUDGETS` that every launch must hold.
+        budgets: for each launch the key of `audit_budgets.BUDGETS` that it must hold.
         fixed: run-time arguments whose values belong to the table rather than to the call.
+        core: belongs to the short audit that runs with the tests.
+        in_library: the C library holds it; if not, only the audit compiles it.
     """
 
     op: str
-    keys: dict[str, int]
+    keys: dict[str, Key]
     launches: tuple[KernelLaunch, ...]
-    budget: str
+    budgets: tuple[str, ...]
     fixed: tuple[str, ...] = ()
+    core: bool = False
+    in_library: bool = True
+
+    def audit_cases(self) -> Iterator[AuditCase]:
+        """Its launches one by one, under names that tell them apart."""
+        sizes = " ".join(f"{name}={_text(value)}" for name, value in self.keys.items())
+        for launch, budget in zip(self.launches, self.budgets, strict=True):
+            of = launch.arguments
+            kind = f" {of['KIND']} {of['BLOCK_Q']}x{of['BLOCK_K']}" if "KIND" in of else ""
+            yield AuditCase(f"{self.op}{kind} {sizes}", launch, budget, self.core)
 
 
-def code_of(dtype: torch.dtype) -> int:
-    """The number of a dtype in the C API."""
-    return DTYPE_CODES[dtype]
+@dataclass(frozen=True)
+class AuditCase:
+    """One launch as the audit compiles and judges it.
+
+    Attributes:
+        name: op, kind and sizes, for instance "gather_rows dtype=bfloat16 width=768 layout=dense".
+        launch: built from `meta` tensors by the op's own launch function.
+        budget: key of `audit_budgets.BUDGETS`.
+        core: belongs to the short audit that runs with the tests.
+    """
+
+    name: str
+    launch: KernelLaunch
+    budget: str
+    core: bool = True
+
+
+def _text(value: Key) -> str:
+    return "any" if value == UNBOUNDED else str(value).removeprefix("torch.")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

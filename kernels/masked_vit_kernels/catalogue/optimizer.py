@@ -1,4 +1,4 @@
-"""AdamWEMA's cases: each combination of dtypes of weights, gradients and averages that is used."""
+"""The optimiser's cases: each combination of dtypes of weights, gradients and averages in use."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from masked_vit_kernels import adamw_ema_launch as launches
+from masked_vit_kernels import ema
 from masked_vit_kernels.adamw_ema_kernels import COEFFICIENTS, TABLE_COLUMNS
-from masked_vit_kernels.catalogue.case import Case, code_of, meta
+from masked_vit_kernels.catalogue.case import Case, meta
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+CORE_DTYPES = (FLOAT32, BFLOAT16)
 
 # (weights, gradients): rounded weights may have gradients summed in float32.
 UPDATES = (
@@ -23,7 +25,23 @@ UPDATES = (
 
 
 def optimizer_cases() -> Iterator[Case]:
-    """The three launches of a step."""
+    """The moving average alone, and the three launches of an `AdamWEMA` step."""
+    yield from _ema_cases()
+    yield from _adamw_cases()
+
+
+def _ema_cases() -> Iterator[Case]:
+    tiles, table = meta(64, 2, dtype=torch.int32), meta(8, 4, dtype=torch.int64)
+    for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+        for on_device in (0, 1):
+            launch = ema.ema_launch(tiles, table, meta() if on_device else 0.996, dtype)
+            yield Case(
+                "ema_update", {"source_dtype": dtype, "momentum_on_device": on_device}, (launch,),
+                ("streaming_with_tails",), core=dtype in CORE_DTYPES and not on_device,
+            )  # fmt: skip
+
+
+def _adamw_cases() -> Iterator[Case]:
     tiles, slots = 64, 8
     tile_map = meta(tiles, 2, dtype=torch.int32)
     table = meta(slots, TABLE_COLUMNS.value, dtype=torch.int64)
@@ -32,17 +50,24 @@ def optimizer_cases() -> Iterator[Case]:
     for dtype in (FLOAT32, BFLOAT16, FLOAT16):
         bucket = launches.Bucket(0, tiles, dtype, dtype, dtype)
         launch = launches.gradient_norm_launch(tile_map, table, gradients, meta(tiles), bucket)
-        keys = {"gradient_dtype": code_of(dtype)}
-        yield Case("adamw_ema_gradient_norm", keys, (launch,), "streaming_with_tails")
+        yield Case(
+            "adamw_ema_gradient_norm", {"gradient_dtype": dtype}, (launch,),
+            ("streaming_with_tails",), core=dtype in CORE_DTYPES,
+        )  # fmt: skip
     for weights, gradient in UPDATES:
         bucket = launches.Bucket(0, tiles, weights, gradient, weights)
         launch = launches.update_launch(tile_map, table, gradients, coefficients, scalars, bucket)
-        keys = {"dtype": code_of(weights), "gradient_dtype": code_of(gradient)}
-        yield Case("adamw_ema_update", keys, (launch,), "streaming_with_tails")
+        yield Case(
+            "adamw_ema_update", {"dtype": weights, "gradient_dtype": gradient}, (launch,),
+            ("streaming_with_tails",), core=weights == gradient and weights in CORE_DTYPES,
+        )  # fmt: skip
     status = meta(), meta(dtype=torch.bool), meta(dtype=torch.int64)
-    for has_loss in (False, True):
+    for has_loss in (0, 1):
         launch = launches.decide_launch(
             meta(tiles), meta() if has_loss else None, meta(12, dtype=torch.float64),
             meta(slots, dtype=torch.int32), gradients, meta(slots), coefficients, scalars, status,
         )  # fmt: skip
-        yield Case("adamw_ema_decide", {"has_loss": has_loss}, (launch,), "reported")
+        yield Case(
+            "adamw_ema_decide", {"has_loss": has_loss}, (launch,), ("reported",),
+            core=bool(has_loss),
+        )  # fmt: skip

@@ -1,11 +1,7 @@
-"""Which launches the C library holds: one `Case` an entry of its tables.
+"""The token ops' cases: gather and scatter, sums by place, embedding, predictor tokens, loss.
 
-Every launch is built from `meta` tensors by the op's own launch function, so that constexprs,
-options and divisibility hints are those of the Python launch. A case adds the keys by which the C
-function finds it. Nothing here says what a tile is or how many warps run it.
-
-Sizes are the models': widths and head dims of ViT-T to ViT-G and their predictors, images of the
-recipes, ids as int64, `cu_seqlens` and maps as int32.
+Ids are int64, `cu_seqlens` and maps int32. `CORE_WIDTH` in bfloat16 stands for all widths in the
+core.
 """
 
 from __future__ import annotations
@@ -16,211 +12,306 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masked_vit_kernels import ema, prediction_loss, predictor_tokens, rows
 from masked_vit_kernels import gather_kernels as gather
 from masked_vit_kernels import patch_embed_kernels as embed
-from masked_vit_kernels.catalogue.attention import attention_cases
-from masked_vit_kernels.catalogue.case import Case, code_of, meta
-from masked_vit_kernels.catalogue.optimizer import optimizer_cases
+from masked_vit_kernels import prediction_loss, predictor_tokens, rows
+from masked_vit_kernels.catalogue.case import Case, Key, meta
+from masked_vit_kernels.catalogue.sizes import (
+    ENCODER_WIDTHS,
+    GEOMETRIES,
+    PREDICTOR_WIDTHS,
+    TARGET_BLOCKS,
+)
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.rows import RowIndex
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ROW_DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
+CORE_WIDTH = 1280
 
-ENCODER_WIDTHS = (192, 384, 768, 1024, 1280, 1408)
-PREDICTOR_WIDTHS = (192, 384)
-TARGET_BLOCKS = (1, 4)  # M
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Images (3, size, size) in square patches, and the encoder widths that go with them."""
-
-    size: int
-    patch: int
-    widths: tuple[int, ...]
-
-
-GEOMETRIES = (
-    Geometry(224, 16, (192, 384, 768, 1024, 1408)),
-    Geometry(224, 14, (1280,)),
-    Geometry(448, 16, (1280,)),
-)
-
-# How rows find their image and token (`rows.py`): the value of the key `layout`.
-EVERY_TOKEN, DENSE, PACKED = 0, 1, 2
-LAYOUTS = (EVERY_TOKEN, DENSE, PACKED)
+# How rows find their image and token (`rows.py`): the values of the key `layout`.
+EVERY_TOKEN, DENSE, PACKED = "every_token", "dense", "packed"
 
 R, B, N = 4096, 32, 256  # any numbers of rows, images and tokens: the kernels are not told
 
 
-def _index(layout: int) -> RowIndex:
+def token_cases(capability: int) -> Iterator[Case]:
+    """All of them; `capability` matters to the fused embedding alone."""
+    yield from _gather_cases()
+    yield from _sum_cases()
+    yield from _patch_cases(capability)
+    yield from _position_cases()
+    yield from _predictor_cases()
+    yield from _loss_cases()
+
+
+def _one(
+    op: str,
+    keys: dict[str, Key],
+    launch: KernelLaunch,
+    budget: str,
+    core: bool = False,
+    in_library: bool = True,
+) -> Case:
+    return Case(op, keys, (launch,), (budget,), core=core, in_library=in_library)
+
+
+def _index(layout: str) -> RowIndex:
     ids, sequences = meta(R, dtype=torch.int64), meta(R, dtype=torch.int32)
     return RowIndex(
         None if layout == EVERY_TOKEN else ids, sequences if layout == PACKED else None, 2, 2
     )
 
 
-def all_cases(capability: int) -> Iterator[Case]:
-    """Every case for one capability (80, 90 or 100)."""
-    yield from attention_cases(capability)
-    yield from _token_cases()
-    yield from _embedding_cases(capability)
-    yield from _predictor_cases()
-    yield from _loss_cases()
-    yield from _ema_cases()
-    yield from optimizer_cases()
+def _is_core(dtype: torch.dtype, width: int) -> bool:
+    return dtype == BFLOAT16 and width == CORE_WIDTH
 
 
-def _token_cases() -> Iterator[Case]:
-    """Gather, scatter, its fill's gradient, and sums by place."""
+def _with_float32(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What a parameter beside rows of `dtype` may be: the same, or float32."""
+    return (FLOAT32,) if dtype == FLOAT32 else (FLOAT32, dtype)
+
+
+# ----------------------------------------------------------------------------- rows
+
+
+def _gather_cases() -> Iterator[Case]:
+    """Gather, scatter and its fill's gradient."""
     places = meta(B * N, dtype=torch.int32)
     for layout in (DENSE, PACKED):
         index = _index(layout)
         invert = gather.invert_rows_launch(index, N, places)
-        yield Case("invert_rows", {"layout": layout}, (invert,), "reported")
+        yield _one("invert_rows", {"layout": layout}, invert, "reported", layout == PACKED)
         for dtype in ROW_DTYPES:
             for width in ENCODER_WIDTHS:
-                keys = {"dtype": code_of(dtype), "width": width, "layout": layout}
+                keys = {"dtype": dtype, "width": width, "layout": layout}
                 x, out = meta(B, N, width, dtype=dtype), meta(R, width, dtype=dtype)
-                yield Case(
-                    "gather_rows", keys, (gather.gather_rows_launch(x, index, out),), "streaming"
-                )
-                for filled in (False, True):
+                core = _is_core(dtype, width)
+                launch = gather.gather_rows_launch(x, index, out)
+                yield _one("gather_rows", keys, launch, "streaming", core)
+                core = core and layout == PACKED
+                for filled in (0, 1):
                     fill = x if filled else None
                     launch = gather.scatter_rows_launch(out, fill, index, places, x)
-                    yield Case("scatter_rows", keys | {"filled": filled}, (launch,), "streaming")
-                partial = meta(8, N, width)
-                launch = gather.fill_gradient_launch(x, index, places, partial)
-                yield Case("scatter_fill_gradient", keys, (launch,), "streaming")
+                    fill_keys = keys | {"filled": filled}
+                    yield _one("scatter_rows", fill_keys, launch, "streaming", core)
+                launch = gather.fill_gradient_launch(x, index, places, meta(8, N, width))
+                yield _one("scatter_fill_gradient", keys, launch, "streaming", core)
+
+
+def _sum_cases() -> Iterator[Case]:
+    """Sums over places with few rows each and with many."""
     for dtype in ROW_DTYPES:
         for width in ENCODER_WIDTHS:
             values, order = meta(R, width, dtype=dtype), meta(R, dtype=torch.int64)
-            for many in (False, True):
+            for many in (0, 1):
                 num_places = R // (2 * rows.MANY_ROWS) if many else R
                 launch = rows.segmented_sum_launch(
                     values, order, meta(num_places + 1, dtype=torch.int64),
                     meta(num_places, width, dtype=dtype),
                 )  # fmt: skip
-                keys = {"dtype": code_of(dtype), "width": width, "many": many}
+                keys = {"dtype": dtype, "width": width, "many": many}
+                # One row is stored for many read: its store may be narrow.
                 budget = "streaming_with_tails" if many else "streaming"
-                yield Case("sum_rows_by_place", keys, (launch,), budget)
+                yield _one("sum_rows_by_place", keys, launch, budget, _is_core(dtype, width))
 
 
-def _embedding_cases(capability: int) -> Iterator[Case]:
-    """Patch rows, positions and their backward, and the fused embedding."""
+# ----------------------------------------------------------------------------- embedding
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Images of one kind and the patches they are cut into."""
+
+    size: int
+    patch: int
+    image_dtype: torch.dtype
+    dtype: torch.dtype
+    normalized: bool  # by mean and std, on the way
+
+    @property
+    def images(self) -> Tensor:
+        return meta(B, 3, self.size, self.size, dtype=self.image_dtype)
+
+    @property
+    def statistics(self) -> Tensor | None:
+        return meta(3) if self.normalized else None
+
+    @property
+    def patch_sides(self) -> tuple[int, int]:
+        return self.patch, self.patch
+
+    @property
+    def narrow(self) -> bool:
+        """Rows of a patch start where fewer than 4 bytes can be read at once."""
+        return (self.patch & -self.patch) * self.image_dtype.itemsize < 4
+
+    def keys(self, layout: str) -> dict[str, Key]:
+        return {
+            "image_dtype": self.image_dtype, "dtype": self.dtype,
+            "image_size": self.size, "patch_size": self.patch, "layout": layout,
+        }  # fmt: skip
+
+    def rows_launch(self, layout: str) -> KernelLaunch:
+        out = meta(R, embed.padded_pixels(self.images, self.patch_sides), dtype=self.dtype)
+        return embed.patch_rows_launch(
+            self.images, self.statistics, self.statistics, _index(layout), self.patch_sides, out
+        )
+
+    def fused_launch(
+        self, layout: str, width: int, capability: int, *, with_bias: bool = True
+    ) -> KernelLaunch:
+        pixels = embed.padded_pixels(self.images, self.patch_sides)
+        return embed.fused_patch_embed_launch(
+            self.images, self.statistics, self.statistics, meta(width, pixels, dtype=self.dtype),
+            meta(width, dtype=self.dtype) if with_bias else None,
+            meta(N, width) if with_bias else None,
+            _index(layout), self.patch_sides, meta(R, width, dtype=self.dtype), capability,
+        )  # fmt: skip
+
+
+def _patch_cases(capability: int) -> Iterator[Case]:
+    """Patch rows and the fused embedding: bytes are normalised, floats taken as normalised."""
     for geometry in GEOMETRIES:
-        patch = (geometry.patch, geometry.patch)
         for image_dtype, dtype in (
             (torch.uint8, BFLOAT16), (torch.uint8, FLOAT16),
             (BFLOAT16, BFLOAT16), (FLOAT16, FLOAT16),
         ):  # fmt: skip
-            images = meta(B, 3, geometry.size, geometry.size, dtype=image_dtype)
-            # Pixels of bytes are normalised on the way, floats are taken as normalised.
-            statistics = meta(3) if image_dtype == torch.uint8 else None
-            pixels = embed.padded_pixels(images, patch)
-            narrow = (geometry.patch & -geometry.patch) * images.element_size() < 4
-            for layout in LAYOUTS:
-                keys = {
-                    "image_dtype": code_of(image_dtype), "dtype": code_of(dtype),
-                    "image_size": geometry.size, "patch_size": geometry.patch, "layout": layout,
-                }  # fmt: skip
-                index = _index(layout)
-                launch = embed.patch_rows_launch(
-                    images, statistics, statistics, index, patch, meta(R, pixels, dtype=dtype)
-                )
-                budget = "narrow_pixels" if narrow else "pixels"
-                yield Case("patch_rows", keys, (launch,), budget)
-                if image_dtype != torch.uint8 or layout == DENSE:
+            from_bytes = image_dtype == torch.uint8
+            pixels = _Pixels(geometry.size, geometry.patch, image_dtype, dtype, from_bytes)
+            for layout in (EVERY_TOKEN, DENSE, PACKED):
+                core = layout == PACKED and geometry.size == 224
+                core = core and (image_dtype, dtype) == (torch.uint8, BFLOAT16)
+                yield _one(
+                    "patch_rows", pixels.keys(layout), pixels.rows_launch(layout),
+                    "narrow_pixels" if pixels.narrow else "pixels", core,
+                )  # fmt: skip
+                if not from_bytes or layout == DENSE:
                     continue
                 for width in geometry.widths:
-                    launch = embed.fused_patch_embed_launch(
-                        images, statistics, statistics, meta(width, pixels, dtype=dtype),
-                        meta(width, dtype=dtype), meta(N, width), index, patch,
-                        meta(R, width, dtype=dtype), capability,
+                    yield _one(
+                        "embed_visible_patches", pixels.keys(layout) | {"width": width},
+                        pixels.fused_launch(layout, width, capability),
+                        "narrow_pixels_matmul" if pixels.narrow else "matmul",
+                        core and width == 768,
                     )  # fmt: skip
-                    budget = "narrow_pixels_matmul" if narrow else "matmul"
-                    yield Case("embed_visible_patches", keys | {"width": width}, (launch,), budget)
+    yield from _other_patch_cases(capability)
+
+
+def _other_patch_cases(capability: int) -> Iterator[Case]:
+    """Not in the library: other patches, and float images that are normalised on the way."""
+    width = 768
+    in_rows = {geometry.patch for geometry in GEOMETRIES}
+    in_fused = {geometry.patch for geometry in GEOMETRIES if width in geometry.widths}
+    for patch, size in ((8, 32), (12, 96), (14, 224), (16, 224), (32, 224)):
+        for image_dtype in (torch.uint8, BFLOAT16, FLOAT32):
+            pixels = _Pixels(size, patch, image_dtype, BFLOAT16, normalized=True)
+            keys = pixels.keys(PACKED) | {"normalized": 1}
+            if image_dtype != torch.uint8 or patch not in in_rows:
+                yield _one(
+                    "patch_rows", keys, pixels.rows_launch(PACKED),
+                    "narrow_pixels" if pixels.narrow else "pixels", in_library=False,
+                )  # fmt: skip
+            if image_dtype != torch.uint8 or patch not in in_fused:
+                yield _one(
+                    "embed_visible_patches", keys | {"width": width},
+                    pixels.fused_launch(PACKED, width, capability),
+                    "narrow_pixels_matmul" if pixels.narrow else "matmul",
+                    core=image_dtype == torch.uint8 and patch == 14, in_library=False,
+                )  # fmt: skip
+    pixels = _Pixels(224, 32, FLOAT32, FLOAT32, normalized=True)
+    yield _one(
+        "embed_visible_patches", pixels.keys(PACKED) | {"normalized": 1, "width": width},
+        pixels.fused_launch(PACKED, width, capability, with_bias=False), "reported",
+        in_library=False,
+    )  # fmt: skip
+
+
+def _position_cases() -> Iterator[Case]:
     for width in ENCODER_WIDTHS:
         for dtype in ROW_DTYPES:
-            for layout in LAYOUTS:
-                keys = {"dtype": code_of(dtype), "width": width, "layout": layout}
+            for layout in (EVERY_TOKEN, DENSE, PACKED):
+                keys = {"dtype": dtype, "width": width, "layout": layout}
+                core = dtype == BFLOAT16 and width == 768 and layout == PACKED
                 x, index = meta(R, width, dtype=dtype), _index(layout)
-                for bias_dtype in {dtype, FLOAT32}:
+                for bias_dtype in _with_float32(dtype):
                     launch = embed.add_position_launch(
                         x, meta(width, dtype=bias_dtype), meta(N, width), index, N, x
                     )
-                    bias_keys = keys | {"bias_dtype": code_of(bias_dtype)}
-                    yield Case("add_position", bias_keys, (launch,), "streaming")
+                    yield _one(
+                        "add_position", keys | {"bias_dtype": bias_dtype}, launch, "streaming",
+                        core and bias_dtype == dtype,
+                    )  # fmt: skip
                 launch = embed.add_position_backward_launch(x, index, N, x, meta(64, width))
-                yield Case("add_position_backward", keys, (launch,), "streaming")
+                yield _one("add_position_backward", keys, launch, "streaming", core)
+
+
+# ----------------------------------------------------------------------------- predictor and loss
 
 
 def _predictor_cases() -> Iterator[Case]:
+    """Assembly and its backward at the predictors' widths, and audited only, at a wide one."""
     ids = meta(R, dtype=torch.int64)
-    for width in PREDICTOR_WIDTHS:
+    for width in (*PREDICTOR_WIDTHS, 1024):
+        in_library = width in PREDICTOR_WIDTHS
         for dtype in ROW_DTYPES:
             x, partial = meta(R, width, dtype=dtype), meta(64, width)
-            keys = {"dtype": code_of(dtype), "width": width}
-            for mask_dtype in ROW_DTYPES if dtype == FLOAT32 else {dtype, FLOAT32}:
+            keys = {"dtype": dtype, "width": width}
+            core = dtype == BFLOAT16 and width == 384
+            for mask_dtype in ROW_DTYPES if dtype == FLOAT32 else _with_float32(dtype):
                 launch = predictor_tokens.assemble_launch(
                     x, meta(width, dtype=mask_dtype), meta(N, width), ids, ids, ids, x
                 )
-                mask_keys = keys | {"mask_dtype": code_of(mask_dtype)}
-                yield Case("assemble_predictor_tokens", mask_keys, (launch,), "streaming")
+                yield _one(
+                    "assemble_predictor_tokens", keys | {"mask_dtype": mask_dtype}, launch,
+                    "streaming", core and mask_dtype == FLOAT32, in_library,
+                )  # fmt: skip
             for copies in TARGET_BLOCKS:
                 launch = predictor_tokens.assemble_backward_launch(
                     x, meta(R, copies, dtype=torch.int64), ids, x, partial
                 )
-                yield Case(
-                    "assemble_predictor_tokens_backward", keys | {"copies": copies}, (launch,),
-                    "streaming",
+                yield _one(
+                    "assemble_predictor_tokens_backward", keys | {"copies": copies}, launch,
+                    "streaming", core and copies == 4, in_library,
                 )  # fmt: skip
 
 
 def _loss_cases() -> Iterator[Case]:
     ids, vector, pair = meta(R, dtype=torch.int64), meta(R), meta(2)
-    pairs = {(dtype, feature) for dtype in ROW_DTYPES for feature in (dtype, FLOAT32)}
-    for dtype, feature_dtype in sorted(pairs, key=str):
-        for width in ENCODER_WIDTHS:
-            for kind_code, kind in enumerate(prediction_loss.KINDS):
-                keys = {
-                    "dtype": code_of(dtype), "feature_dtype": code_of(feature_dtype),
-                    "width": width, "kind": kind_code,
-                }  # fmt: skip
-                x, features = meta(R, width, dtype=dtype), meta(R, width, dtype=feature_dtype)
-                launch = prediction_loss.loss_forward_launch(
-                    x, features, ids, vector, vector, meta(2, 2048), kind
-                )
-                yield Case("prediction_loss", keys, (launch,), "streaming")
-                launch = prediction_loss.loss_backward_launch(
-                    meta(), pair, x, features, ids, vector, vector, x, kind
-                )
-                yield Case("prediction_loss_backward", keys, (launch,), "streaming")
+    for dtype in ROW_DTYPES:
+        for feature_dtype in _with_float32(dtype):
+            for width in ENCODER_WIDTHS:
+                for kind in prediction_loss.KINDS:
+                    keys = {
+                        "dtype": dtype, "feature_dtype": feature_dtype, "width": width,
+                        "kind": kind,
+                    }  # fmt: skip
+                    core = _is_core(feature_dtype, width) and kind == "smooth_l1"
+                    x, features = meta(R, width, dtype=dtype), meta(R, width, dtype=feature_dtype)
+                    launch = prediction_loss.loss_forward_launch(
+                        x, features, ids, vector, vector, meta(2, 2048), kind
+                    )
+                    yield _one("prediction_loss", keys, launch, "streaming", core)
+                    launch = prediction_loss.loss_backward_launch(
+                        meta(), pair, x, features, ids, vector, vector, x, kind
+                    )
+                    yield _one("prediction_loss_backward", keys, launch, "streaming", core)
     yield from _loss_finish_cases(pair)
 
 
 def _loss_finish_cases(out: Tensor) -> Iterator[Case]:
     """By the number of partial sums, a power of two up to what `loss_programs` ever gives."""
-    for denominator_code, denominator in (
-        (-1, None), (code_of(FLOAT32), meta()), (code_of(torch.int64), meta(dtype=torch.int64)),
-    ):  # fmt: skip
+    for denominator in (None, meta(), meta(dtype=torch.int64)):
         by_block: dict[object, tuple[int, KernelLaunch]] = {}
         for num_programs in [2**k for k in range(12)]:
-            assert prediction_loss.loss_programs(num_programs) == num_programs
+            if prediction_loss.loss_programs(num_programs) != num_programs:
+                raise AssertionError(f"no loss has {num_programs} partial sums")
             launch = prediction_loss.loss_finish_launch(meta(2, num_programs), denominator, 1, out)
             by_block[launch.arguments["BLOCK"]] = num_programs, launch
         for bound, launch in by_block.values():
-            keys = {"denominator_dtype": denominator_code, "max_programs": bound}
-            yield Case("loss_finish", keys, (launch,), "reported")
-
-
-def _ema_cases() -> Iterator[Case]:
-    tiles, table = meta(64, 2, dtype=torch.int32), meta(8, 4, dtype=torch.int64)
-    for dtype in ROW_DTYPES:
-        for on_device in (False, True):
-            momentum = meta() if on_device else 0.996
-            keys = {"source_dtype": code_of(dtype), "momentum_on_device": on_device}
-            launch = ema.ema_launch(tiles, table, momentum, dtype)
-            yield Case("ema_update", keys, (launch,), "streaming_with_tails")
+            keys: dict[str, Key] = {
+                "denominator_dtype": None if denominator is None else denominator.dtype,
+                "max_programs": bound,
+            }
+            core = denominator is None and bound == prediction_loss.MOST_PROGRAMS
+            yield _one("loss_finish", keys, launch, "reported", core)
