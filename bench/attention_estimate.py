@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import torch
 from masked_vit_kernels import audit, pack_lengths
-from masked_vit_kernels.attention_backward import backward_launches
-from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.launch import KernelLaunch
 from shapes import SHAPES
 from torch import Tensor

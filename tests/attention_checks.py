@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import torch
 from masked_vit_kernels import reference
-from masked_vit_kernels.attention_backward import backward_launches
-from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.packing import pack_lengths
 from op_checks import assert_accurate, poison_tail, poisoned
 from torch import Tensor

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from masked_vit_kernels import AdamWEMA, adamw_ema, audit, reference
-from masked_vit_kernels.adamw_ema_launch import NOT_UPLOADED, DeviceTables
+from masked_vit_kernels import AdamWEMA, audit, reference
 from masked_vit_kernels.catalogue.optimizer import optimizer_cases
 from masked_vit_kernels.compile import compile_launch
-from masked_vit_kernels.multi_tensor import TILE, tile_map
+from masked_vit_kernels.optimizer import adamw_ema
+from masked_vit_kernels.optimizer.launches import NOT_UPLOADED, DeviceTables
+from masked_vit_kernels.optimizer.multi_tensor import TILE, tile_map
 from torch import nn
 
 SHAPES = [(), (3,), (0, 4), (33, 37), (TILE + 5,)]

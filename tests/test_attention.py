@@ -11,14 +11,14 @@ import pytest
 import torch
 from attention_checks import LENGTHS, AttentionProblem, check_attention, problem
 from masked_vit_kernels import (
-    attention,
     pack_lengths,
     packing_from_cu_seqlens,
     varlen_attention,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
-from masked_vit_kernels.attention_common import backward_plan, readable
+from masked_vit_kernels.attention import varlen as attention
+from masked_vit_kernels.attention.tiles import backward_plan, readable
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from masked_vit_kernels.launch import KernelLaunch, table_capability
 
@@ -152,8 +152,8 @@ def test_launches_of_a_backward(monkeypatch, lengths, expected):
 @pytest.mark.gpu
 def test_the_running_kernel_is_the_audited_one():
     """Registers, stack and shared memory of what runs are those the compile audit measured."""
-    from masked_vit_kernels.attention_forward import forward_launch
-    from masked_vit_kernels.attention_sequences import Sequences
+    from masked_vit_kernels.attention.forward import forward_launch
+    from masked_vit_kernels.attention.sequences import Sequences
     from masked_vit_kernels.compile import compile_launch
 
     packing, qkv = _qkv([100, 90], head_dim=80, heads=16)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from attention_checks import LENGTHS, AttentionProblem, check_attention, problem
 from masked_vit_kernels import (
-    attention,
     pack_lengths,
     reference,
     varlen_attention,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
-from masked_vit_kernels.attention_common import AttentionConfig, backward_plan, head_dim_pieces
+from masked_vit_kernels.attention import varlen as attention
+from masked_vit_kernels.attention.tiles import AttentionConfig, backward_plan, head_dim_pieces
 from masked_vit_kernels.catalogue.attention import launches_of
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS as TUNED
 

@@ -7,8 +7,8 @@ import torch
 import triton
 from masked_vit_kernels import bundle, launch
 from masked_vit_kernels.compile import compile_launch
-from masked_vit_kernels.ema import ema_launch
-from masked_vit_kernels.multi_tensor import TILE
+from masked_vit_kernels.optimizer.ema import ema_launch
+from masked_vit_kernels.optimizer.multi_tensor import TILE
 from triton.compiler import ASTSource
 
 

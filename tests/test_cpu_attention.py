@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from masked_vit_kernels import (
-    cpu_attention,
     pack_lengths,
     reference,
     varlen_attention,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
+from masked_vit_kernels.attention import cpu as cpu_attention
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
 # Error allowed against float64, in units of the largest value: a few roundings of each dtype.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from masked_vit_kernels import ema_update_, reference
-from masked_vit_kernels.multi_tensor import TILE
+from masked_vit_kernels.optimizer.multi_tensor import TILE
 
 SHAPES = [(), (0, 3), (5,), (17, 9), (TILE + 3,)]
 

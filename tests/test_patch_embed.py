@@ -6,16 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_vit_kernels import (
-    cpu,
-    embed_visible_patches,
-    patch_embed,
-    patch_embed_kernels,
-    reference,
-)
+from masked_vit_kernels import embed_visible_patches, reference
 from masked_vit_kernels.catalogue.tokens import token_cases
 from masked_vit_kernels.compile import compile_launch
-from masked_vit_kernels.rows import RowIndex, row_index
+from masked_vit_kernels.tokens import cpu, patch_embed, patch_embed_kernels
+from masked_vit_kernels.tokens.rows import RowIndex, row_index
 from op_checks import (
     assert_accurate,
     double,

@@ -33,7 +33,7 @@ class Kernel:
     Attributes:
         capability: 80, 90 or 100.
         specialized: arguments of `triton.compile`.
-        budgets: keys of `audit_budgets.BUDGETS` that it must hold.
+        budgets: keys of `audit.budgets.BUDGETS` that it must hold.
     """
 
     capability: int

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 from compiler import Entry, Kernel
-from masked_vit_kernels import adamw_ema_kernels, multi_tensor, packing, prediction_loss, rows
-from masked_vit_kernels.attention_common import MAX_GRID_Y
-from masked_vit_kernels.attention_forward import LOG2_E
+from masked_vit_kernels import packing
+from masked_vit_kernels.attention.forward import LOG2_E
+from masked_vit_kernels.attention.tiles import MAX_GRID_Y
 from masked_vit_kernels.catalogue.case import Key
+from masked_vit_kernels.optimizer import kernels as adamw_ema_kernels
+from masked_vit_kernels.optimizer import multi_tensor
+from masked_vit_kernels.tokens import prediction_loss, rows
 
 # `mvk_dtype` of masked_vit_kernels.h; the generated tables assert that they agree.
 DTYPE_CODES = {

@@ -2,7 +2,7 @@
 
 Written to be read, one sequence at a time, with autograd deriving every gradient. Pass float64
 tensors and everything is computed in float64; half-precision inputs are computed in float32 and
-rounded once at the end, as the kernels do. Speed is `cpu.py`'s matter.
+rounded once at the end, as the kernels do. Speed is the matter of the `cpu.py` files.
 
 Shapes use the glossary of `packing.py`. Rows whose id is -1 are padding: they come out as zeros,
 receive no gradient and count in no mean, whatever they hold.

@@ -17,23 +17,18 @@ import pytest
 import torch
 from aot_build import ARCHS, FAKE, LIBRARY, bundled_cubin
 from c_api import cubin_hash as slow_cubin_hash
-from masked_vit_kernels import (
-    adamw_ema_launch,
-    ema,
-    gather_kernels,
-    pack_lengths,
-    prediction_loss,
-    predictor_tokens,
-    rows,
-)
-from masked_vit_kernels import patch_embed_kernels as embed
-from masked_vit_kernels.attention_backward import backward_launches
-from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels import pack_lengths
+from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.catalogue.sizes import ENCODER_WIDTHS, HEAD_DIMS
 from masked_vit_kernels.compile import specialize_launch
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import RowIndex
+from masked_vit_kernels.optimizer import ema
+from masked_vit_kernels.optimizer import launches as adamw_ema_launch
+from masked_vit_kernels.tokens import gather_kernels, prediction_loss, predictor_tokens, rows
+from masked_vit_kernels.tokens import patch_embed_kernels as embed
+from masked_vit_kernels.tokens.rows import RowIndex
 from torch import Tensor
 
 cubin_hash = functools.cache(slow_cubin_hash)
@@ -467,7 +462,7 @@ def test_pack_lengths_and_tensor_tiles():
         for name in names:
             assert torch.equal(ours[name], getattr(packing, name)), name
 
-        from masked_vit_kernels.multi_tensor import tile_map
+        from masked_vit_kernels.optimizer.multi_tensor import tile_map
 
         sizes = [draw.choice([0, 1, 8191, 8192, 8193, 40000]) for _ in range(draw.randint(1, 9))]
         expected, host = tile_map(sizes), torch.tensor(sizes)

@@ -30,7 +30,7 @@ def recorded_launches(capability: int):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(KernelLaunch, "run", record))
         stack.enter_context(mock.patch.object(launch, "_INTERPRETED", True))
-        for name in ("attention_forward", "attention_backward", "patch_embed"):
+        for name in ("attention.forward", "attention.backward", "tokens.patch_embed"):
             stack.enter_context(
                 mock.patch(f"masked_vit_kernels.{name}.table_capability", lambda _: capability)
             )

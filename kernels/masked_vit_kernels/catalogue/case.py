@@ -24,7 +24,7 @@ class Case:
         keys: what the C function looks for; the same names in the same order for all of an op that
             are in the library.
         launches: kernels, in order.
-        budgets: for each launch the key of `audit_budgets.BUDGETS` that it must hold.
+        budgets: for each launch the key of `audit.budgets.BUDGETS` that it must hold.
         fixed: run-time arguments whose values belong to the table rather than to the call.
         core: belongs to the short audit that runs with the tests.
         in_library: the C library holds it; if not, only the audit compiles it.
@@ -54,7 +54,7 @@ class AuditCase:
     Attributes:
         name: op, kind and sizes, for instance "gather_rows dtype=bfloat16 width=768 layout=dense".
         launch: built from `meta` tensors by the op's own launch function.
-        budget: key of `audit_budgets.BUDGETS`.
+        budget: key of `audit.budgets.BUDGETS`.
         core: belongs to the short audit that runs with the tests.
     """
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from masked_vit_kernels import adamw_ema_launch as launches
-from masked_vit_kernels import ema
-from masked_vit_kernels.adamw_ema_kernels import COEFFICIENTS, TABLE_COLUMNS
 from masked_vit_kernels.catalogue.case import Case, meta
+from masked_vit_kernels.optimizer import ema, launches
+from masked_vit_kernels.optimizer.kernels import COEFFICIENTS, TABLE_COLUMNS
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 CORE_DTYPES = (FLOAT32, BFLOAT16)

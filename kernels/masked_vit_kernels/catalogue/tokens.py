@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masked_vit_kernels import gather_kernels as gather
-from masked_vit_kernels import patch_embed_kernels as embed
-from masked_vit_kernels import prediction_loss, predictor_tokens, rows
 from masked_vit_kernels.catalogue.case import Case, Key, meta
 from masked_vit_kernels.catalogue.sizes import (
     ENCODER_WIDTHS,
@@ -23,7 +20,10 @@ from masked_vit_kernels.catalogue.sizes import (
     TARGET_BLOCKS,
 )
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import RowIndex
+from masked_vit_kernels.tokens import gather_kernels as gather
+from masked_vit_kernels.tokens import patch_embed_kernels as embed
+from masked_vit_kernels.tokens import prediction_loss, predictor_tokens, rows
+from masked_vit_kernels.tokens.rows import RowIndex
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ROW_DTYPES = (BFLOAT16, FLOAT16, FLOAT32)

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masked_vit_kernels.attention_common import (
+from masked_vit_kernels.attention.sequences import Sequences
+from masked_vit_kernels.attention.tiles import (
     CLEARING_PROGRAMS,
     CLEARING_ROWS,
     AttentionConfig,
@@ -34,7 +35,6 @@ from masked_vit_kernels.attention_common import (
     store_tile,
     stride_arguments,
 )
-from masked_vit_kernels.attention_sequences import Sequences
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -204,7 +204,7 @@ def forward_launch(
     """Describe the forward.
 
     Args:
-        q: (Tq, H, D), k and v (Tk, H, D): strided views, see `attention_common.readable`.
+        q: (Tq, H, D), k and v (Tk, H, D): strided views, see `tiles.readable`.
         out: (Tq, H, D) to write, lse (H, Tq) fp32 to write.
         queries, keys: the sequences of both sides; of the keys only bounds are read.
         config: tiles; default: `forward_config`.

@@ -12,7 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from masked_vit_kernels.multi_tensor import FlatView, flat_view, is_dense, layout_of, local
+from masked_vit_kernels.optimizer.multi_tensor import (
+    FlatView,
+    flat_view,
+    is_dense,
+    layout_of,
+    local,
+)
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

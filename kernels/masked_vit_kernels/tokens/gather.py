@@ -19,17 +19,17 @@ import torch
 import triton
 from torch import Tensor
 
-from masked_vit_kernels import cpu
 from masked_vit_kernels.checks import check_same_device, check_shape
-from masked_vit_kernels.gather_kernels import (
+from masked_vit_kernels.launch import runs_kernels
+from masked_vit_kernels.packing import Packing
+from masked_vit_kernels.tokens import cpu
+from masked_vit_kernels.tokens.gather_kernels import (
     fill_gradient_launch,
     gather_rows_launch,
     invert_rows_launch,
     scatter_rows_launch,
 )
-from masked_vit_kernels.launch import runs_kernels
-from masked_vit_kernels.packing import Packing
-from masked_vit_kernels.rows import (
+from masked_vit_kernels.tokens.rows import (
     RowIndex,
     row_index,
     sum_rows_by_place,

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masked_vit_kernels import cpu
 from masked_vit_kernels.checks import check_index_dtype, check_same_device, check_shape
 from masked_vit_kernels.launch import KernelLaunch, runs_kernels
 from masked_vit_kernels.packing import PredictorPacking
-from masked_vit_kernels.rows import (
+from masked_vit_kernels.tokens import cpu
+from masked_vit_kernels.tokens.rows import (
     column_block,
     sum_dtype,
     sum_rows_by_place,

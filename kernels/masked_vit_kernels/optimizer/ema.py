@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from masked_vit_kernels.launch import KernelLaunch, runs_kernels
-from masked_vit_kernels.multi_tensor import (
+from masked_vit_kernels.optimizer.multi_tensor import (
     TILE,
     TRITON_TYPES,
     UPDATE_BLOCK,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from masked_vit_kernels.multi_tensor import lerp
+from masked_vit_kernels.optimizer.multi_tensor import lerp
 
 # Columns of the pointer table (P, TABLE_COLUMNS) int64, P slots: addresses of master, shadow (the
 # rounded copy), exp_avg, exp_avg_sq, target, target shadow, then numel; 0 stands for "has none".

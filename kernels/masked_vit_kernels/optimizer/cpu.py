@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from masked_vit_kernels.adamw_ema_slots import GroupValues, Slot
+from masked_vit_kernels.optimizer.slots import GroupValues, Slot
 
 # A call of compiled code costs 50 to 100 us in guards (measured, one core); the passes it saves are
 # worth less below this size.

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masked_vit_kernels import cpu
 from masked_vit_kernels.checks import (
     check_dtype,
     check_index_dtype,
@@ -29,7 +28,8 @@ from masked_vit_kernels.checks import (
     check_shape,
 )
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
-from masked_vit_kernels.rows import column_block, with_unit_columns
+from masked_vit_kernels.tokens import cpu
+from masked_vit_kernels.tokens.rows import column_block, with_unit_columns
 
 KINDS = ("smooth_l1", "l2")
 

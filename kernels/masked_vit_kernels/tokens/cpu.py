@@ -50,7 +50,7 @@ def _flat_rows(indices: Tensor, packing: Packing, batch: int, num_tokens: int) -
 
 
 def gather_tokens(x: Tensor, indices: Tensor, packing: Packing | None = None) -> Tensor:
-    """See `masked_vit_kernels.gather.gather_tokens`."""
+    """See `masked_vit_kernels.gather_tokens`."""
     if x.ndim == 2:
         _check_ids(indices, x.shape[0], "indices")
         return _take_rows(x, indices)
@@ -67,7 +67,7 @@ def gather_tokens(x: Tensor, indices: Tensor, packing: Packing | None = None) ->
 def scatter_tokens(
     x: Tensor, indices: Tensor, fill: Tensor, num_tokens: int, packing: Packing | None = None
 ) -> Tensor:
-    """See `masked_vit_kernels.gather.scatter_tokens`."""
+    """See `masked_vit_kernels.scatter_tokens`."""
     width = x.shape[-1]
     _check_ids(indices, num_tokens, "indices")
     if x.ndim == 3:
@@ -103,7 +103,7 @@ def embed_visible_patches(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """See `masked_vit_kernels.patch_embed.embed_visible_patches`."""
+    """See `masked_vit_kernels.embed_visible_patches`."""
     width, channels, ph, pw = weight.shape
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
@@ -147,7 +147,7 @@ def assemble_predictor_tokens(
     target_ids: Tensor,
     predictor_packing: PredictorPacking,
 ) -> Tensor:
-    """See `masked_vit_kernels.predictor_tokens.assemble_predictor_tokens`."""
+    """See `masked_vit_kernels.assemble_predictor_tokens`."""
     width = context.shape[1]
     position = pos_embed.reshape(-1, width).to(context.dtype)
     _check_ids(context_ids, position.shape[0], "context_ids")
@@ -167,7 +167,7 @@ def latent_prediction_loss(
     kind: str = "smooth_l1",
     denominator: Tensor | None = None,
 ) -> Tensor:
-    """See `masked_vit_kernels.prediction_loss.latent_prediction_loss`."""
+    """See `masked_vit_kernels.latent_prediction_loss`."""
     width = target_features.shape[-1]
     features = target_features.detach().reshape(-1, width)
     _check_ids(target_rows, features.shape[0], "target_rows")

@@ -1,4 +1,4 @@
-"""What a compiled kernel may cost. One entry a family of kernels, checked by `audit.py`."""
+"""What a compiled kernel may cost. One entry a family of kernels, checked by the audit."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ import functools
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-from masked_vit_kernels.audit_budgets import BUDGETS
+from masked_vit_kernels.audit.budgets import BUDGETS
 from masked_vit_kernels.catalogue import AuditCase, audit_cases
 from masked_vit_kernels.compile import compile_launch
 from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT
@@ -200,7 +199,3 @@ def main(arguments: list[str] | None = None) -> int:
             )
     print(f"{failures} over budget" if failures else "every budget holds")
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from masked_vit_kernels import cpu
 from masked_vit_kernels.checks import check_dtype, check_same_device
 from masked_vit_kernels.launch import runs_kernels, table_capability
 from masked_vit_kernels.packing import Packing
-from masked_vit_kernels.patch_embed_kernels import (
+from masked_vit_kernels.tokens import cpu
+from masked_vit_kernels.tokens.patch_embed_kernels import (
     IMAGE_DTYPES,
     add_position_backward_launch,
     add_position_launch,
@@ -38,7 +38,7 @@ from masked_vit_kernels.patch_embed_kernels import (
     padded_pixels,
     patch_rows_launch,
 )
-from masked_vit_kernels.rows import (
+from masked_vit_kernels.tokens.rows import (
     RowIndex,
     row_index,
     sum_rows_by_place,

@@ -13,7 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import ROW_COUNTS, RowIndex, column_block, locate_rows, tile_rows
+from masked_vit_kernels.tokens.rows import (
+    ROW_COUNTS,
+    RowIndex,
+    column_block,
+    locate_rows,
+    tile_rows,
+)
 
 IMAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 

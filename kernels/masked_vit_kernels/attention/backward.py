@@ -25,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masked_vit_kernels.attention_common import (
+from masked_vit_kernels.attention.forward import dot_precision
+from masked_vit_kernels.attention.sequences import Sequences
+from masked_vit_kernels.attention.tiles import (
     CLEARING_PROGRAMS,
     CLEARING_ROWS,
     BackwardStep,
@@ -38,8 +40,6 @@ from masked_vit_kernels.attention_common import (
     store_tile,
     stride_arguments,
 )
-from masked_vit_kernels.attention_forward import dot_precision
-from masked_vit_kernels.attention_sequences import Sequences
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -340,7 +340,7 @@ def backward_launches(
     """Describe the backward, launches in order.
 
     Args:
-        q, k, v, out, dout: (T, H, D) strided views, see `attention_common.readable`.
+        q, k, v, out, dout: (T, H, D) strided views, see `tiles.readable`.
         lse: (H, Tq) fp32 of the forward; delta (H, Tq) fp32 scratch, unused by "resident".
         dq, dk, dv: (T, H, D) views to write.
         queries, keys: the sequences of both sides. Programs that own a sequence go by the keys'

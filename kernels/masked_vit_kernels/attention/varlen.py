@@ -1,9 +1,9 @@
 """Variable-length attention over packed tokens: `varlen_attention` and its packed-input variants.
 
 Semantics: `reference.varlen_attention`. Arguments are checked once, wherever the op then runs: CPU
-tensors in `cpu_attention`, everything else in the Triton kernels of `attention_forward` and
-`attention_backward` through two opaque ops, which trace, compile and capture. Names and layouts
-follow flash-attn's varlen functions.
+tensors in `cpu.py`, everything else in the Triton kernels of `forward.py` and `backward.py` through
+two opaque ops, which trace, compile and capture. Names and layouts follow flash-attn's varlen
+functions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from masked_vit_kernels import cpu_attention
-from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
-from masked_vit_kernels.attention_common import MAX_HEAD_DIM, readable
-from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.attention_sequences import Sequences
+from masked_vit_kernels.attention import cpu as cpu_attention
+from masked_vit_kernels.attention.backward import backward_launches, backward_scratch
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
+from masked_vit_kernels.attention.tiles import MAX_HEAD_DIM, readable
 from masked_vit_kernels.checks import (
     TRITON_DTYPES,
     check_dtype,

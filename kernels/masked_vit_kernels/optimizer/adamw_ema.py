@@ -15,7 +15,7 @@ carry the values and the weights are their rounded copies.
 Bytes a parameter, float32 masters, bfloat16 weights and gradients: 38 for the update (p, m, v and
 t read and written, g read, two weights written) and 2 for the gradient norm.
 
-CUDA tensors take three Triton launches (`adamw_ema_kernels.py`), CPU tensors `adamw_ema_cpu.py`.
+CUDA tensors take three Triton launches (`kernels.py`), CPU tensors `cpu.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from masked_vit_kernels import adamw_ema_cpu
-from masked_vit_kernels.adamw_ema_launch import DeviceTables
-from masked_vit_kernels.adamw_ema_ranks import agree, shard_groups
-from masked_vit_kernels.adamw_ema_slots import (
+from masked_vit_kernels.launch import runs_kernels
+from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
+from masked_vit_kernels.optimizer.launches import DeviceTables
+from masked_vit_kernels.optimizer.multi_tensor import local
+from masked_vit_kernels.optimizer.ranks import agree, shard_groups
+from masked_vit_kernels.optimizer.slots import (
     WEIGHT_DTYPES,
     GroupValues,
     Plan,
@@ -42,8 +44,6 @@ from masked_vit_kernels.adamw_ema_slots import (
     complete_state,
     conform,
 )
-from masked_vit_kernels.launch import runs_kernels
-from masked_vit_kernels.multi_tensor import local
 
 UNTRAINED_MASTERS = "untrained_ema_masters"  # state entry: averages of untrained bf16 partners
 COMPILE_FROM_NUMEL = 1 << 24  # CPU: smaller models never repay the seconds that compiling takes

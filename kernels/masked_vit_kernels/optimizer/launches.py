@@ -1,4 +1,4 @@
-"""Tables and launches of the optimiser step on a GPU; the kernels are `adamw_ema_kernels.py`'s."""
+"""Tables and launches of the optimiser step on a GPU; the kernels are `kernels.py`'s."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masked_vit_kernels.adamw_ema_kernels import (
+from masked_vit_kernels.launch import KernelLaunch
+from masked_vit_kernels.optimizer.kernels import (
     COEFFICIENTS,
     GROUP_VALUES,
     TABLE_COLUMNS,
@@ -17,9 +18,7 @@ from masked_vit_kernels.adamw_ema_kernels import (
     gradient_norm_kernel,
     update_kernel,
 )
-from masked_vit_kernels.adamw_ema_slots import GroupValues, Slot
-from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.multi_tensor import (
+from masked_vit_kernels.optimizer.multi_tensor import (
     READ_BLOCK,
     TILE,
     TRITON_TYPES,
@@ -27,6 +26,7 @@ from masked_vit_kernels.multi_tensor import (
     addresses,
     tile_map,
 )
+from masked_vit_kernels.optimizer.slots import GroupValues, Slot
 
 NOT_UPLOADED = -1  # a gradient address that was never sent: the step is skipped, not wrong
 MAX_CAPTURES = 32  # CUDA graphs that may hold a step of one set of tables
@@ -259,7 +259,7 @@ def _bucketed_tiles(
 
 
 def _pointer_table(slots: Sequence[Slot]) -> Tensor:
-    """(P, TABLE_COLUMNS) int64 on the host, see `adamw_ema_kernels.py`."""
+    """(P, TABLE_COLUMNS) int64 on the host, see `kernels.py`."""
     table = torch.zeros(len(slots), TABLE_COLUMNS.value, dtype=torch.int64)
     for index, slot in enumerate(slots):
         columns = (

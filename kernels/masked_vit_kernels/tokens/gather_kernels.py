@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import (
+from masked_vit_kernels.tokens.rows import (
     ROW_COUNTS,
     RowIndex,
     column_block,
