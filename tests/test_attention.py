@@ -18,7 +18,8 @@ from masked_vit_kernels import (
     varlen_attention_qkvpacked,
 )
 from masked_vit_kernels.attention import varlen as attention
-from masked_vit_kernels.attention.tiles import backward_plan, readable
+from masked_vit_kernels.attention.config import backward_plan
+from masked_vit_kernels.attention.tiles import readable
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from masked_vit_kernels.launch import KernelLaunch, table_capability
 

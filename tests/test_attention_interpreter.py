@@ -11,7 +11,8 @@ from masked_vit_kernels import (
     varlen_attention_qkvpacked,
 )
 from masked_vit_kernels.attention import varlen as attention
-from masked_vit_kernels.attention.tiles import AttentionConfig, backward_plan, head_dim_pieces
+from masked_vit_kernels.attention.config import AttentionConfig, backward_plan
+from masked_vit_kernels.attention.tiles import head_dim_pieces
 from masked_vit_kernels.catalogue.attention import launches_of
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS as TUNED
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from masked_vit_kernels.attention.tiles import WIDEST_TUNED
+from masked_vit_kernels.attention.config import WIDEST_TUNED
 from masked_vit_kernels.audit.budgets import BUDGETS
 from masked_vit_kernels.catalogue import all_cases, audit_cases, library_cases
 from masked_vit_kernels.catalogue.attention import launches_of

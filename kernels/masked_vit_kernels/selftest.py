@@ -19,7 +19,7 @@ from torch import Tensor
 
 import masked_vit_kernels as ops
 from masked_vit_kernels import reference
-from masked_vit_kernels.attention.tiles import MAX_HEAD_DIM
+from masked_vit_kernels.attention.config import MAX_HEAD_DIM
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
 # Largest error, relative to the largest exact value (at least 1).

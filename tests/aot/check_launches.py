@@ -26,7 +26,12 @@ from masked_vit_kernels.compile import specialize_launch
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.optimizer import ema
 from masked_vit_kernels.optimizer import launches as adamw_ema_launch
-from masked_vit_kernels.tokens import gather_kernels, prediction_loss, predictor_tokens, rows
+from masked_vit_kernels.tokens import (
+    gather_kernels,
+    prediction_loss,
+    predictor_tokens,
+    sum_by_place,
+)
 from masked_vit_kernels.tokens import patch_embed_kernels as embed
 from masked_vit_kernels.tokens.rows import RowIndex
 from torch import Tensor
@@ -279,7 +284,7 @@ def test_sum_rows_by_place(drawn):
     LIBRARY.run("sum_rows_by_place", dtype=dtype, width=width, num_rows=num_rows,
                 num_places=num_places, values=values, stride_row=width, order=order, starts=starts,
                 out=out)  # fmt: skip
-    expect(capability, [rows.segmented_sum_launch(values, order, starts, out)])
+    expect(capability, [sum_by_place.segmented_sum_launch(values, order, starts, out)])
 
 
 def test_patch_rows(drawn):

@@ -25,14 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.attention.config import BackwardStep, backward_plan
 from masked_vit_kernels.attention.forward import dot_precision
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.attention.tiles import (
     CLEARING_PROGRAMS,
     CLEARING_ROWS,
-    BackwardStep,
     attention_grid,
-    backward_plan,
     clear_rows,
     head_dim_pieces,
     load_tile,

@@ -21,14 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.attention.config import AttentionConfig, forward_config
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.attention.tiles import (
     CLEARING_PROGRAMS,
     CLEARING_ROWS,
-    AttentionConfig,
     attention_grid,
     clear_rows,
-    forward_config,
     head_dim_pieces,
     load_tile,
     per_run,

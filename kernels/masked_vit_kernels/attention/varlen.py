@@ -13,9 +13,10 @@ from torch import Tensor
 
 from masked_vit_kernels.attention import cpu as cpu_attention
 from masked_vit_kernels.attention.backward import backward_launches, backward_scratch
+from masked_vit_kernels.attention.config import MAX_HEAD_DIM
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
-from masked_vit_kernels.attention.tiles import MAX_HEAD_DIM, readable
+from masked_vit_kernels.attention.tiles import readable
 from masked_vit_kernels.checks import (
     TRITON_DTYPES,
     check_dtype,

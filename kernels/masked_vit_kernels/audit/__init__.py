@@ -1,23 +1,22 @@
 """The compile audit: what every kernel costs on each architecture, without a GPU."""
 
+from masked_vit_kernels.audit.budgets import BUDGETS, violations
 from masked_vit_kernels.audit.machine_code import (
     Measurement,
     disassemble,
     innermost_loops,
-    main,
     measure,
     parse_instructions,
     resource_usage,
-    violations,
 )
 from masked_vit_kernels.compile import compile_launch
 
 __all__ = [
+    "BUDGETS",
     "Measurement",
     "compile_launch",
     "disassemble",
     "innermost_loops",
-    "main",
     "measure",
     "parse_instructions",
     "resource_usage",

@@ -1,8 +1,11 @@
-"""What a compiled kernel may cost. One entry a family of kernels, checked by the audit."""
+"""What a compiled kernel may cost, one entry a family of kernels, and whether it keeps to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from masked_vit_kernels.audit.machine_code import MATRIX_INSTRUCTION, Measurement
+from masked_vit_kernels.launch import SHARED_MEMORY_LIMIT
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,26 @@ BUDGETS: dict[str, Budget] = {
         wide_loads=False,
     ),
 }
+
+
+def violations(name: str, found: Measurement, capability: int) -> list[str]:
+    """What in `found` breaks the budget of that name, in words; empty when it holds."""
+    budget = BUDGETS[name]
+    limits = {
+        "registers": budget.registers,
+        "stack_bytes": budget.stack_bytes,
+        "local_in_loops": budget.local_in_loops,
+        "narrow_accesses": budget.narrow_accesses,
+        "shared_bytes": SHARED_MEMORY_LIMIT[capability],
+        "tensor_memory_columns": 512,
+    }
+    broken = [
+        f"{name} {getattr(found, name)} > {limit}"
+        for name, limit in limits.items()
+        if limit is not None and getattr(found, name) > limit
+    ]
+    if budget.wide_loads and not found.wide_loads:
+        broken.append("no 16-byte loads")
+    if budget.tensor_cores and not found.matrix_instructions:
+        broken.append(f"no {MATRIX_INSTRUCTION[capability]} instruction")
+    return broken

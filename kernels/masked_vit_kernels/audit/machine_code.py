@@ -1,18 +1,8 @@
-"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU and hold it to its budget.
-
-    python -m masked_vit_kernels.audit [--capability 90] [--match TEXT] [--core]
-
-What it compiles are the launches of the catalogue, built from `meta` tensors by the very functions
-that build the real ones. They are compiled as Triton's launcher would (`compile.py`), with Triton's
-own ptxas; registers, stack and instructions are read off the machine code, once a kernel: several
-cases may share one.
-"""
+"""What a compiled kernel costs, read off its machine code with nvdisasm and cuobjdump."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
 import re
 import subprocess
 import tempfile
@@ -22,15 +12,10 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-from masked_vit_kernels.audit.budgets import BUDGETS
-from masked_vit_kernels.catalogue import AuditCase, audit_cases
-from masked_vit_kernels.compile import compile_launch
-from masked_vit_kernels.launch import CAPABILITIES, SHARED_MEMORY_LIMIT
-
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # The matrix instruction each architecture should use, as nvdisasm spells it.
-_MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 
 
 @dataclass(frozen=True)
@@ -87,35 +72,12 @@ def _measure(cubin: bytes, shared: int, tensor_memory: int, capability: int) -> 
         local_in_loops=sum(any(a <= x <= b for a, b in loops) for x in local),
         narrow_accesses=_count(opcodes, r"(LDG|STG)\b.*\.[US](8|16)\b"),
         wide_loads=_count(opcodes, r"(LDG|LDGSTS)\b.*\.128\b|UBLKCP|UTMALDG"),
-        matrix_instructions=_count(opcodes, _MATRIX_INSTRUCTION[capability]),
+        matrix_instructions=_count(opcodes, MATRIX_INSTRUCTION[capability]),
         other_matrix_instructions=_count(opcodes, r"HMMA|HGMMA|UTC\w*MMA")
-        - _count(opcodes, _MATRIX_INSTRUCTION[capability]),
+        - _count(opcodes, MATRIX_INSTRUCTION[capability]),
         exponentials=_count(opcodes, r"MUFU\.EX2"),
         instructions=len(code),
     )
-
-
-def violations(case: AuditCase, found: Measurement, capability: int) -> list[str]:
-    """What in `found` breaks the case's budget, in words; empty when it holds."""
-    budget = BUDGETS[case.budget]
-    limits = {
-        "registers": budget.registers,
-        "stack_bytes": budget.stack_bytes,
-        "local_in_loops": budget.local_in_loops,
-        "narrow_accesses": budget.narrow_accesses,
-        "shared_bytes": SHARED_MEMORY_LIMIT[capability],
-        "tensor_memory_columns": 512,
-    }
-    broken = [
-        f"{name} {getattr(found, name)} > {limit}"
-        for name, limit in limits.items()
-        if limit is not None and getattr(found, name) > limit
-    ]
-    if budget.wide_loads and not found.wide_loads:
-        broken.append("no 16-byte loads")
-    if budget.tensor_cores and not found.matrix_instructions:
-        broken.append(f"no {_MATRIX_INSTRUCTION[capability]} instruction")
-    return broken
 
 
 Instruction = tuple[int, str, str]  # address, opcode with modifiers, operands
@@ -169,33 +131,3 @@ def _run_tool(name: str, *flags: str, cubin: bytes) -> str:
         file.flush()
         command = [str(_TOOLS / name), *flags, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Compile, print one line a kernel, return 1 where a budget is broken."""
-    parser = argparse.ArgumentParser(description="compile every kernel and hold it to its budget")
-    parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append")
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--core", action="store_true", help="only the cases the tests compile")
-    options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
-
-    print(f"{'sm':>3} {'reg':>3} {'stack':>5} {'shared':>6} {'mma':>4} {'warps':>5} kernel")
-    failures = 0
-    for capability in options.capability or CAPABILITIES:
-        for case in audit_cases(capability):
-            if options.match not in case.name or (options.core and not case.core):
-                continue
-            found = measure(compile_launch(case.launch, capability), capability)
-            broken = violations(case, found, capability)
-            failures += bool(broken)
-            over = f"  OVER: {'; '.join(broken)}" if broken else ""
-            print(
-                f"{capability:>3} {found.registers:>3} {found.stack_bytes:>5}"
-                f" {found.shared_bytes:>6} {found.matrix_instructions:>4}"
-                f" {case.launch.num_warps:>5} {case.name}{over}",
-                flush=True,
-            )
-    print(f"{failures} over budget" if failures else "every budget holds")
-    return 1 if failures else 0

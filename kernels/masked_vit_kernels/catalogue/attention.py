@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.config import MAX_HEAD_DIM, WIDEST_TUNED
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
-from masked_vit_kernels.attention.tiles import MAX_HEAD_DIM, WIDEST_TUNED
 from masked_vit_kernels.catalogue.case import UNBOUNDED, Case, meta
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from masked_vit_kernels.launch import KernelLaunch

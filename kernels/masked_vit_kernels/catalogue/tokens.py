@@ -22,7 +22,7 @@ from masked_vit_kernels.catalogue.sizes import (
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens import gather_kernels as gather
 from masked_vit_kernels.tokens import patch_embed_kernels as embed
-from masked_vit_kernels.tokens import prediction_loss, predictor_tokens, rows
+from masked_vit_kernels.tokens import prediction_loss, predictor_tokens, sum_by_place
 from masked_vit_kernels.tokens.rows import RowIndex
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -105,8 +105,8 @@ def _sum_cases() -> Iterator[Case]:
         for width in ENCODER_WIDTHS:
             values, order = meta(R, width, dtype=dtype), meta(R, dtype=torch.int64)
             for many in (0, 1):
-                num_places = R // (2 * rows.MANY_ROWS) if many else R
-                launch = rows.segmented_sum_launch(
+                num_places = R // (2 * sum_by_place.MANY_ROWS) if many else R
+                launch = sum_by_place.segmented_sum_launch(
                     values, order, meta(num_places + 1, dtype=torch.int64),
                     meta(num_places, width, dtype=dtype),
                 )  # fmt: skip

@@ -38,12 +38,8 @@ from masked_vit_kernels.tokens.patch_embed_kernels import (
     padded_pixels,
     patch_rows_launch,
 )
-from masked_vit_kernels.tokens.rows import (
-    RowIndex,
-    row_index,
-    sum_rows_by_place,
-    with_unit_columns,
-)
+from masked_vit_kernels.tokens.rows import RowIndex, row_index, with_unit_columns
+from masked_vit_kernels.tokens.sum_by_place import sum_rows_by_place
 
 # ----------------------------------------------------------------------------- ops
 

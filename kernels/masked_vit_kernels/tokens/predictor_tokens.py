@@ -24,13 +24,8 @@ from masked_vit_kernels.checks import check_index_dtype, check_same_device, chec
 from masked_vit_kernels.launch import KernelLaunch, runs_kernels
 from masked_vit_kernels.packing import PredictorPacking
 from masked_vit_kernels.tokens import cpu
-from masked_vit_kernels.tokens.rows import (
-    column_block,
-    sum_dtype,
-    sum_rows_by_place,
-    tile_rows,
-    with_unit_columns,
-)
+from masked_vit_kernels.tokens.rows import column_block, sum_dtype, tile_rows, with_unit_columns
+from masked_vit_kernels.tokens.sum_by_place import sum_rows_by_place
 
 # ----------------------------------------------------------------------------- kernels
 
