@@ -24,7 +24,7 @@ LIBRARY = Library(BUILD / "libmasked_vit_kernels.so", HEADER)
 
 def bundled_cubin(launch: KernelLaunch, capability: int) -> tuple[bytes, dict]:
     """The cubin and metadata that Triton would find in the bundle for this launch."""
-    from compiler import Kernel
+    from cubins import Kernel
     from masked_vit_kernels.compile import specialize_launch
 
     kernel = Kernel(capability, specialize_launch(launch, capability), BUNDLE)

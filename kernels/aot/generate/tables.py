@@ -1,7 +1,7 @@
 """Write what C reads: the tables of ops, cases, launches and kernels, and the cubins.
 
     tables.h      numbers of the ops and of the launch code that C needs at compile time
-    tables.c      the tables, see src/table_types.h
+    tables.c      the tables, see src/runtime/table_types.h
     cubins.bin    every cubin, compressed: most of it is the debugger's text; cubins.S embeds it
     manifest.json the same for the tests
 """
@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from compiler import Entry, Kernel
+from cubins import Entry, Kernel
 from masked_vit_kernels import packing
 from masked_vit_kernels.attention.forward import LOG2_E
 from masked_vit_kernels.attention.tiles import MAX_GRID_Y
@@ -112,7 +112,7 @@ def _check(kernel: Kernel) -> None:
 
 
 def _pack(cubin: bytes) -> bytes:
-    """A raw DEFLATE stream, which `src/inflate.c` reads."""
+    """A raw DEFLATE stream, which `src/runtime/inflate.c` reads."""
     compress = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     return compress.compress(cubin) + compress.flush()
 

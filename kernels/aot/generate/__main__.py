@@ -1,6 +1,6 @@
 """Build the tables and cubins of the C library: the one script that CMake calls.
 
-    python kernels/aot/build.py --archs 80 90 100 --out build/aot --bundle build/bundle
+    python kernels/aot/generate --archs 80 90 100 --out build/aot --bundle build/bundle
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 # The kernels of this very checkout, whatever is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Before Triton is imported: only cubins are kept, and in the bundle alone.
 os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
@@ -35,8 +35,8 @@ def main() -> None:
         known = ", ".join(map(str, CAPABILITIES))
         sys.exit(f"no launch tables for {unknown}: MVK_ARCHS takes {known}")
 
-    import manifest
-    from compiler import collect, compile_missing
+    import tables
+    from cubins import collect, compile_missing
     from masked_vit_kernels.catalogue import library_cases
 
     entries = [
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"  {len(entries)} cases, {len(kernels)} kernels", flush=True)
     compile_missing(kernels, options.bundle.resolve(), options.jobs)
     options.out.mkdir(parents=True, exist_ok=True)
-    manifest.write(entries, options.out.resolve())
+    tables.write(entries, options.out.resolve())
     size = sum(len(kernel.cubin) for kernel in kernels) / 2**20
     packed = (options.out / "cubins.bin").stat().st_size / 2**20
     print(f"  {len(kernels)} cubins, {size:.1f} MiB, {packed:.1f} MiB compressed")
