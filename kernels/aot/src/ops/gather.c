@@ -3,12 +3,6 @@
 
 #include "row_index.h"
 
-/* Programs that tile `rows` by `width`, by the block sizes the kernel was compiled with. */
-static struct mvk_grid tiles(mvk_call *call, int64_t rows, const char *block_rows, int64_t width) {
-    return (struct mvk_grid){mvk_ceil_div(rows, mvk_compiled(call, 0, block_rows)),
-                             mvk_ceil_div(width, mvk_compiled(call, 0, "BLOCK_D")), 1};
-}
-
 mvk_status mvk_gather_rows(const mvk_gather_rows_args *args, mvk_stream stream) {
     MVK_NEED_ARGS(args);
     mvk_call call;
@@ -22,8 +16,9 @@ mvk_status mvk_gather_rows(const mvk_gather_rows_args *args, mvk_stream stream) 
     mvk_integer(&call, "stride_xb", args->stride_image);
     mvk_integer(&call, "stride_xn", args->stride_token);
     mvk_integer(&call, "D", args->width);
-    return mvk_launch_one(&call, 0, tiles(&call, args->index.num_rows, "BLOCK_ROWS", args->width),
-                          stream);
+    struct mvk_grid grid =
+        mvk_tiles(&call, args->index.num_rows, "BLOCK_ROWS", args->width, "BLOCK_D");
+    return mvk_launch_one(&call, 0, grid, stream);
 }
 
 /* Note which row lies at each place: the first launch of a scatter and of its fill's gradient. */
@@ -58,8 +53,9 @@ mvk_status mvk_scatter_rows(const mvk_scatter_rows_args *args, mvk_stream stream
     mvk_integer(&call, "stride_fb", args->fill ? args->stride_fill_image : 0);
     mvk_integer(&call, "stride_fn", args->fill ? args->stride_fill_token : 0);
     mvk_integer(&call, "D", args->width);
+    struct mvk_grid grid = mvk_tiles(&call, num_places, "BLOCK_PLACES", args->width, "BLOCK_D");
     MVK_TRY(invert_rows(&args->index, args->place_to_row, stream));
-    return mvk_launch_one(&call, 0, tiles(&call, num_places, "BLOCK_PLACES", args->width), stream);
+    return mvk_launch_one(&call, 0, grid, stream);
 }
 
 mvk_status mvk_scatter_fill_gradient(const mvk_scatter_fill_gradient_args *args,
@@ -83,7 +79,7 @@ mvk_status mvk_scatter_fill_gradient(const mvk_scatter_fill_gradient_args *args,
     mvk_integer(&call, "num_inner", args->inner);
     mvk_integer(&call, "outer_per_chunk", mvk_ceil_div(outer, args->chunks));
     mvk_integer(&call, "D", args->width);
-    struct mvk_grid grid = tiles(&call, args->inner, "BLOCK_INNER", args->width);
+    struct mvk_grid grid = mvk_tiles(&call, args->inner, "BLOCK_INNER", args->width, "BLOCK_D");
     grid.z = args->chunks;
     MVK_TRY(invert_rows(&args->index, args->place_to_row, stream));
     return mvk_launch_one(&call, 0, grid, stream);
@@ -106,6 +102,7 @@ mvk_status mvk_sum_rows_by_place(const mvk_sum_rows_by_place_args *args, mvk_str
     mvk_integer(&call, "num_places", args->num_places);
     mvk_integer(&call, "stride_vr", args->stride_row);
     mvk_integer(&call, "D", args->width);
-    return mvk_launch_one(&call, 0, tiles(&call, args->num_places, "BLOCK_PLACES", args->width),
-                          stream);
+    struct mvk_grid grid =
+        mvk_tiles(&call, args->num_places, "BLOCK_PLACES", args->width, "BLOCK_D");
+    return mvk_launch_one(&call, 0, grid, stream);
 }

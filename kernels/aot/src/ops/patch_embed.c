@@ -52,9 +52,8 @@ mvk_status mvk_patch_rows(const mvk_patch_rows_args *args, mvk_stream stream) {
     MVK_TRY(mvk_give_index(&call, &args->index, 1));
     MVK_TRY(mvk_find(&call));
     mvk_pointer(&call, "out_ptr", args->out);
-    struct mvk_grid grid = {
-        mvk_ceil_div(args->index.num_rows, mvk_compiled(&call, 0, "BLOCK_ROWS")),
-        mvk_ceil_div(mvk_patch_row_width(args->patch_size), mvk_compiled(&call, 0, "BLOCK_K")), 1};
+    struct mvk_grid grid = mvk_tiles(&call, args->index.num_rows, "BLOCK_ROWS",
+                                     mvk_patch_row_width(args->patch_size), "BLOCK_K");
     return mvk_launch_one(&call, 0, grid, stream);
 }
 
@@ -76,9 +75,8 @@ mvk_status mvk_embed_visible_patches(const mvk_embed_visible_patches_args *args,
     mvk_pointer(&call, "position_ptr", args->position);
     mvk_pointer(&call, "out_ptr", args->out);
     mvk_integer(&call, "D", args->width);
-    struct mvk_grid grid = {
-        mvk_ceil_div(args->width, mvk_compiled(&call, 0, "BLOCK_D")),
-        mvk_ceil_div(args->index.num_rows, mvk_compiled(&call, 0, "BLOCK_ROWS")), 1};
+    struct mvk_grid grid =
+        mvk_tiles(&call, args->width, "BLOCK_D", args->index.num_rows, "BLOCK_ROWS");
     return mvk_launch_one(&call, 0, grid, stream);
 }
 
@@ -97,9 +95,8 @@ mvk_status mvk_add_position(const mvk_add_position_args *args, mvk_stream stream
     mvk_pointer(&call, "out_ptr", args->out);
     mvk_integer(&call, "stride_xr", args->stride_row);
     mvk_integer(&call, "D", args->width);
-    struct mvk_grid grid = {
-        mvk_ceil_div(args->index.num_rows, mvk_compiled(&call, 0, "BLOCK_ROWS")),
-        mvk_ceil_div(args->width, mvk_compiled(&call, 0, "BLOCK_D")), 1};
+    struct mvk_grid grid =
+        mvk_tiles(&call, args->index.num_rows, "BLOCK_ROWS", args->width, "BLOCK_D");
     return mvk_launch_one(&call, 0, grid, stream);
 }
 

@@ -77,8 +77,7 @@ mvk_status mvk_prediction_loss_backward(const mvk_prediction_loss_backward_args 
     mvk_pointer(&call, "grad_ptr", args->grad);
     mvk_integer(&call, "stride_pr", args->stride_prediction);
     mvk_integer(&call, "stride_fr", args->stride_feature);
-    struct mvk_grid grid = {
-        mvk_ceil_div(args->num_rows, mvk_compiled(&call, 0, "BLOCK_ROWS")),
-        mvk_ceil_div(args->width, mvk_compiled(&call, 0, "BLOCK_D")), 1};
+    struct mvk_grid grid =
+        mvk_tiles(&call, args->num_rows, "BLOCK_ROWS", args->width, "BLOCK_D");
     return mvk_launch_one(&call, 0, grid, stream);
 }

@@ -27,9 +27,8 @@ mvk_status mvk_assemble_predictor_tokens(const mvk_assemble_predictor_tokens_arg
     mvk_integer(&call, "num_positions", args->num_positions);
     mvk_integer(&call, "stride_ct", args->stride_context);
     mvk_integer(&call, "P", args->width);
-    struct mvk_grid grid = {
-        mvk_ceil_div(args->num_rows, mvk_compiled(&call, 0, "BLOCK_ROWS")),
-        mvk_ceil_div(args->width, mvk_compiled(&call, 0, "BLOCK_P")), 1};
+    struct mvk_grid grid =
+        mvk_tiles(&call, args->num_rows, "BLOCK_ROWS", args->width, "BLOCK_P");
     return mvk_launch_one(&call, 0, grid, stream);
 }
 

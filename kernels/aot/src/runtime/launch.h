@@ -12,7 +12,7 @@
 #ifndef MVK_LAUNCH_H
 #define MVK_LAUNCH_H
 
-#include "driver.h"
+#include "device.h"
 #include "errors.h"
 #include "table_types.h"
 
@@ -23,13 +23,6 @@ struct mvk_argument {
     int is_float;
     int64_t integer; /* or an address */
     double real;
-};
-
-/* The device a call runs on. */
-struct mvk_device {
-    const struct mvk_driver *driver;
-    unsigned long long context; /* identifies it for the life of the process where it can */
-    uint32_t capability;        /* of the kernels that serve it: 80, 90, 100 */
 };
 
 typedef struct mvk_call {
@@ -47,9 +40,6 @@ typedef struct mvk_call {
 struct mvk_grid {
     int64_t x, y, z;
 };
-
-/* Find the device of the current context. */
-mvk_status mvk_current_device(struct mvk_device *device);
 
 /* Start a call. Without a usable device it goes on, so that wrong arguments are found anywhere;
  * the launch itself then fails with the reason. */
@@ -75,6 +65,11 @@ int64_t mvk_compiled(mvk_call *call, uint32_t number, const char *name);
 
 /* Whether the launch has `text` compiled in as `name`. */
 int mvk_compiled_is(mvk_call *call, uint32_t number, const char *name, const char *text);
+
+/* Programs that cut `rows` and `columns` into tiles, by the block sizes that the case's first launch
+ * has compiled in. */
+struct mvk_grid mvk_tiles(mvk_call *call, int64_t rows, const char *block_rows, int64_t columns,
+                          const char *block_columns);
 
 /* Launch one kernel of the case. An empty grid launches nothing. */
 mvk_status mvk_launch_one(mvk_call *call, uint32_t number, struct mvk_grid grid, mvk_stream stream);

@@ -3,7 +3,9 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+#include "errors.h"
 #include "inflate.h"
+#include "table_types.h"
 
 enum { ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 enum { SHARED_BYTES_WITHOUT_ASKING = 48 * 1024 };

@@ -2,7 +2,7 @@
 #ifndef MVK_MODULES_H
 #define MVK_MODULES_H
 
-#include "launch.h"
+#include "device.h"
 
 /* The function of a kernel (index into mvk_kernels) in the device's context. Thread-safe. */
 mvk_status mvk_load_kernel(const struct mvk_device *device, uint32_t kernel,
