@@ -1,34 +1,48 @@
 """What the attention kernels should take on a Hopper GPU, from their machine code. No GPU needed.
 
-    python bench/attention_estimate.py
+    python bench/attention_estimate.py               prints
+    python bench/attention_estimate.py --save        and files bench/results/predictions-sm90.json
 
-Every launch of the forward and backward is compiled for sm_90; the instructions of a program are
-counted, those in loops with matrix products as often as a sequence of a given length makes them
-run; and the counts become cycles of the four resources that can bind: tensor cores, the
-exponential unit, instruction issue, and memory. Registers and shared memory give the programs that
-share a multiprocessor. Two times come out, and the measured one should lie between them:
+Every launch of the forward and backward is compiled for sm_90; the instructions of a program that
+has work are counted, those in loops with matrix products as often as a sequence of a given length
+makes them run; and the counts become cycles of the four resources that can bind: tensor cores, the
+exponential unit, instruction issue, and memory. Where a program waits for loads in full, nothing
+else in it goes on: those cycles are counted apart. Registers and shared memory give the programs
+that share a multiprocessor. Two times come out:
 
-    overlapped  the busiest resource, all others hidden behind it
-    serial      what one program needs for its phases one after the other, divided by the programs
-                that share a multiprocessor; never less than the overlapped time
+    overlapped  the busiest resource, all others and every wait hidden behind it
+    serial      what one program needs for its phases and waits one after the other, divided by the
+                programs that share a multiprocessor; never less than the overlapped time
+
+The measured time should not be below the first. It may be above the second: latencies of
+instructions other than loads, uneven last waves and contention among programs are left out.
 
 These are predictions, not measurements. The rates below are the ceilings that were assumed.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import date
+from pathlib import Path
 
 import torch
+import triton
+from bench_attention import BACKWARD_ROWS, FORWARD_ROWS, G16, HEADS, L14, PARTS
+from machine_flow import exposed_waits, working_code
 from masked_vit_kernels import audit, pack_lengths
 from masked_vit_kernels.attention.backward import backward_launches
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.launch import KernelLaunch
-from shapes import SHAPES
+from shapes import SHAPES, Shape
+from timing import commit
 from torch import Tensor
 
+PREDICTIONS = Path(__file__).parent / "results" / "predictions-sm90.json"
 MULTIPROCESSORS = 132
 CLOCK = 1.7e9  # cycles a second under load, assumed
 BYTES_PER_SECOND = 4.3e12  # read plus write, a large copy
@@ -36,36 +50,52 @@ EXPONENTIALS_PER_CYCLE = 16  # a multiprocessor
 ISSUES_PER_CYCLE = 4  # warp instructions, one a scheduler
 # mma.sync m16n8k16 on Hopper: 2048 multiply-adds at about 62 % of the 2048 a cycle of wgmma.
 CYCLES_PER_HMMA = 1.6
-MEMORY_LATENCY = 1500  # cycles from a program's first load to its first product, launch included
+LOAD_LATENCY = 500  # cycles; assumed, between an idle L2 cache (270) and memory under load (800)
+CACHED_LATENCY = 40  # cycles, of what the L1 cache holds
+
+# What bench_attention.py times on a GPU.
+CASES = [(shape, part) for shape in SHAPES["cuda"] for part in PARTS]
+CASES += [(G16, "context"), (G16, "target"), (L14, "target")]
 
 
 @dataclass
 class Cycles:
-    """Cycles of one multiprocessor that one program occupies of each resource."""
+    """Cycles of one multiprocessor that one program occupies of each resource, or waits."""
 
     tensor: float = 0.0
     exponential: float = 0.0
     issue: float = 0.0
+    waiting: float = 0.0
 
-    def add(self, opcode: str, warps: int) -> None:
-        self.issue += warps / ISSUES_PER_CYCLE
+    @classmethod
+    def of(cls, opcode: str, warps: int) -> Cycles:
+        """What one instruction of all the program's warps costs."""
+        cost = cls(issue=warps / ISSUES_PER_CYCLE)
         if opcode.startswith("HGMMA"):
             # 64 x N x 16 a warpgroup: N / 2 cycles, at least what reading A takes.
             width = int(re.search(r"64x(\d+)x16", opcode).group(1))
-            self.tensor += max(width / 2, 16) * warps / 4
+            cost.tensor = max(width / 2, 16) * warps / 4
         elif opcode.startswith("HMMA"):
-            self.tensor += CYCLES_PER_HMMA * warps
+            cost.tensor = CYCLES_PER_HMMA * warps
         elif opcode.startswith("MUFU.EX2"):
-            self.exponential += 32 * warps / EXPONENTIALS_PER_CYCLE
+            cost.exponential = 32 * warps / EXPONENTIALS_PER_CYCLE
+        return cost
+
+    def add(self, other: Cycles, times: float = 1) -> None:
+        for field in fields(self):
+            more = times * getattr(other, field.name)
+            setattr(self, field.name, getattr(self, field.name) + more)
+
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class Program:
     """One launch's code, ready to be counted for any length.
 
-    by_depth[d] is what the instructions inside d nested loops with products cost, run once;
-    loops without products (they clear padding) count nothing. `resident` programs share a
-    multiprocessor.
+    by_depth[d] is what the instructions inside d nested loops with products cost, run once.
+    `resident` programs share a multiprocessor.
     """
 
     launch: KernelLaunch
@@ -79,9 +109,7 @@ class Program:
             times = 1
             for level in range(depth):
                 times *= self._trips(level, depth, queries, keys)
-            total.tensor += times * cost.tensor
-            total.exponential += times * cost.exponential
-            total.issue += times * cost.issue
+            total.add(cost, times)
         return total
 
     def _trips(self, level: int, depth: int, queries: int, keys: int) -> int:
@@ -94,29 +122,30 @@ class Program:
         return tiles_k if over_keys else tiles_q
 
 
+def count(sass: str, warps: int) -> tuple[Cycles, ...]:
+    """`Program.by_depth` of a kernel's machine code, as nvdisasm prints it."""
+    code = working_code(sass)
+    by_depth = [Cycles() for _ in range(3)]
+    for address, opcode, _ in code.instructions:
+        by_depth[code.depth_of(address)].add(Cycles.of(opcode, warps))
+    waits = exposed_waits(
+        code, lambda opcode: Cycles.of(opcode, warps).total(), LOAD_LATENCY, CACHED_LATENCY
+    )
+    for depth, cycles in waits.items():
+        by_depth[depth].waiting = cycles
+    return tuple(by_depth)
+
+
 def analyse(launch: KernelLaunch) -> Program:
+    """Compile a launch for sm_90 and count its code."""
     compiled = audit.compile_launch(launch, 90)
     found = audit.measure(compiled, 90)
-    code = audit.parse_instructions(audit.disassemble(compiled.asm["cubin"]))
-    products = [address for address, opcode, _ in code if re.match("HGMMA|HMMA", opcode)]
-    loops = []
-    for address, opcode, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-        if opcode.startswith("BRA") and target and int(target.group(1), 16) < address:
-            first = int(target.group(1), 16)
-            if any(first <= product <= address for product in products):
-                loops.append((first, address))
-    by_depth = [Cycles() for _ in range(3)]
-    clearing = [loop for loop in audit.innermost_loops(code) if loop not in loops]
-    for address, opcode, _ in code:
-        depth = sum(a <= address <= b for a, b in loops)
-        if depth or not any(a <= address <= b for a, b in clearing):
-            by_depth[depth].add(opcode, launch.num_warps)
     threads = 32 * launch.num_warps
     registers = -(-found.registers // 8) * 8 * threads
     by_memory = 227 * 1024 // (found.shared_bytes + 1024)
     resident = min(65536 // registers, by_memory, 2048 // threads, 32)
-    return Program(launch, tuple(by_depth), resident)
+    by_depth = count(audit.disassemble(compiled.asm["cubin"]), launch.num_warps)
+    return Program(launch, by_depth, resident)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -153,66 +182,108 @@ def programs_of(launch: KernelLaunch, length: int) -> int:
 
 
 def estimate(launch: KernelLaunch, lengths: list[int], heads: int) -> dict[str, float]:
-    """Microseconds of one launch over all the sequences."""
+    """Microseconds of one launch over all the sequences, and the programs on a multiprocessor."""
     program = analyse(launch)
-    total, count = Cycles(), 0
+    total = Cycles()
     for length in sorted(set(lengths)):
         number = lengths.count(length) * programs_of(launch, length) * heads
-        if number:
-            one = program.cycles(length, length)
-            total.tensor += number * one.tensor
-            total.exponential += number * one.exponential
-            total.issue += number * one.issue
-            count += number
+        total.add(program.cycles(length, length), number)
     scale = 1e6 / (MULTIPROCESSORS * CLOCK)
-    times = {
-        "tensor": total.tensor * scale,
-        "exponential": total.exponential * scale,
-        "issue": total.issue * scale,
-        "latency": count * MEMORY_LATENCY * scale,
-    }
-    return times | {"resident": program.resident}
+    times = {field.name: getattr(total, field.name) * scale for field in fields(total)}
+    kind = launch.arguments.get("KIND", "forward")
+    tokens = sum(length for length in lengths if programs_of(launch, length))
+    # rows read and written once: q, k, v, out; or q, k, v, dout, dq, dk, dv and out where read
+    rows = {"forward": 4, "resident": 7, "two_phase": 8}.get(kind, 6)
+    row_bytes = heads * launch.arguments["HEAD_DIM"] * 2
+    times["memory"] = 1e6 * rows * tokens * row_bytes / BYTES_PER_SECOND
+    busy = [times[name] for name in ("tensor", "exponential", "issue", "memory")]
+    overlapped = max(busy)
+    serial = max(overlapped, (sum(busy) + times["waiting"]) / program.resident)
+    return times | {"overlapped": overlapped, "serial": serial, "resident": program.resident}
+
+
+def lengths_of(shape: Shape, part: str) -> list[int]:
+    """Tokens of every sequence, as bench_attention.py packs them."""
+    if part == "target":
+        return [shape.num_patches] * shape.batch
+    masks = shape.masks()
+    drawn = masks.context_packing if part == "context" else masks.predictor_packing
+    return drawn.cu_seqlens.diff().tolist()
+
+
+def predictions() -> list[dict]:
+    """A row for every attention table of the benches, with the same facts; prints as it goes.
+
+    `overlapped_us`, `serial_us`: microseconds; `share_of_floor`: of the serial and the overlapped
+    time, the floor being the ideal bytes at BYTES_PER_SECOND.
+    """
+    print(f"{'shape':46} {'launch':13} {'progs/SM':>8} {'tensor':>6} {'exp':>6} {'issue':>6}"
+          f" {'memory':>6} {'waiting':>7} {'overlapped':>10} {'serial':>7}  us")  # fmt: skip
+    rows = []
+    for shape, part in CASES:
+        heads, lengths = HEADS[shape.name[0]], lengths_of(shape, part)
+        head_dim = (shape.predictor_width if part == "predictor" else shape.width) // heads
+        facts = {
+            "op": "attention", "shape": f"{shape.name} {part}", "part": part, "head_dim": head_dim,
+            "longest": max(lengths), "equal_lengths": part == "target",
+        }  # fmt: skip
+        for direction, sequence in launches(lengths, heads, head_dim).items():
+            ideal_rows = FORWARD_ROWS if direction == "forward" else BACKWARD_ROWS
+            floor = 1e6 * ideal_rows * sum(lengths) * heads * head_dim * 2 / BYTES_PER_SECOND
+            overlapped, serial = _times(sequence, lengths, heads, f"{facts['shape']} D={head_dim}")
+            share = [round(floor / time, 3) for time in (serial, overlapped)]
+            print(f"{'':46} {direction}: {overlapped:.1f} to {serial:.1f} us;"
+                  f" {share[0]:.0%} to {share[1]:.0%} of the floor")  # fmt: skip
+            rows.append({
+                **facts, "direction": direction, "overlapped_us": round(overlapped, 1),
+                "serial_us": round(serial, 1), "share_of_floor": share,
+            })  # fmt: skip
+    return rows
+
+
+def _times(
+    sequence: list[KernelLaunch], lengths: list[int], heads: int, title: str
+) -> tuple[float, float]:
+    """Overlapped and serial microseconds of launches one after the other."""
+    overlapped = serial = 0.0
+    for launch in sequence:
+        if not any(programs_of(launch, length) for length in lengths):
+            continue
+        times = estimate(launch, lengths, heads)
+        overlapped += times["overlapped"]
+        serial += times["serial"]
+        print(f"{title:46} {launch.arguments.get('KIND', 'forward'):13} {times['resident']:>8}"
+              f" {times['tensor']:6.1f} {times['exponential']:6.1f} {times['issue']:6.1f}"
+              f" {times['memory']:6.1f} {times['waiting']:7.1f} {times['overlapped']:10.1f}"
+              f" {times['serial']:7.1f}", flush=True)  # fmt: skip
+    return overlapped, serial
+
+
+def save(rows: list[dict], path: Path) -> None:
+    """File the predictions with what they were computed from."""
+    assumed = {
+        "multiprocessors": MULTIPROCESSORS, "clock_hz": CLOCK, "load_latency": LOAD_LATENCY,
+        "cached_latency": CACHED_LATENCY, "copy_gigabytes_per_second": BYTES_PER_SECOND / 1e9,
+    }  # fmt: skip
+    filed = {
+        "commit": commit(), "date": date.today().isoformat(), "triton": triton.__version__,
+        "assumed": assumed, "predictions": rows,
+    }  # fmt: skip
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(filed, indent=2) + "\n")
+    aside.rename(path)
 
 
 def main() -> None:
-    print(f"{'shape':34} {'launch':16} {'progs/SM':>8} {'tensor':>7} {'exp':>6} {'issue':>6}"
-          f" {'memory':>7} {'overlapped':>10} {'serial':>7}  us")  # fmt: skip
-    shape = next(s for s in SHAPES["cuda"] if s.name.startswith("H/14"))
-    masks = shape.masks()
-    drawn = {
-        "target": ([shape.num_patches] * shape.batch, 80),
-        "context": (masks.context_packing.cu_seqlens.diff().tolist(), 80),
-        "predictor": (masks.predictor_packing.cu_seqlens.diff().tolist(), 24),
-    }
-    for part, (lengths, head_dim) in drawn.items():
-        title = f"{shape.name} {part} D={head_dim}"
-        for direction, sequence in launches(lengths, 16, head_dim).items():
-            if part == "target" and direction == "backward":
-                continue
-            _print_direction(title, direction, sequence, lengths, head_dim)
-
-
-def _print_direction(
-    title: str, direction: str, sequence: list[KernelLaunch], lengths: list[int], head_dim: int
-) -> None:
-    heads = 16
-    sums = [0.0, 0.0]
-    for launch in sequence:
-        times = estimate(launch, lengths, heads)
-        kind = launch.arguments.get("KIND", "forward")
-        taken = [n for n in lengths if programs_of(launch, n)]
-        # rows read and written once: q, k, v, out; or q, k, v, dout, dq, dk, dv and out where read
-        rows = {"forward": 4, "resident": 7, "two_phase": 8}.get(kind, 6)
-        memory = 1e6 * rows * sum(taken) * heads * head_dim * 2 / BYTES_PER_SECOND
-        busy = [times["tensor"], times["exponential"], times["issue"], memory]
-        overlapped = max(busy)
-        serial = max(overlapped, (sum(busy) + times["latency"]) / times["resident"])
-        sums[0] += overlapped
-        sums[1] += serial
-        print(f"{title:34} {kind:16} {times['resident']:>8} {busy[0]:7.1f} {busy[1]:6.1f}"
-              f" {busy[2]:6.1f} {memory:7.1f} {overlapped:10.1f} {serial:7.1f}")  # fmt: skip
-    if len(sequence) > 1:
-        print(f"{title:34} {direction + ', all':16} {'':45} {sums[0]:3.1f} {sums[1]:7.1f}")
+    """Read the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--save", action="store_true", help=f"write {PREDICTIONS.name}")
+    options = parser.parse_args()
+    rows = predictions()
+    if options.save:
+        save(rows, PREDICTIONS)
 
 
 if __name__ == "__main__":

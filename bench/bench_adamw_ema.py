@@ -24,7 +24,7 @@ import torch
 from masked_vit_kernels import AdamWEMA
 from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
 from masked_vit_kernels.optimizer.slots import GroupValues
-from timing import copy_bandwidth, save_table
+from timing import copy_bandwidth, device_seconds, save_table
 from torch import Tensor, nn
 
 MODELS = {  # width, depth, patch, positions, predictor depth
@@ -36,7 +36,7 @@ PREDICTOR_WIDTH = 384
 LR, DECAY, MOMENTUM = 1e-4, 0.05, 0.996
 ROUNDS = {
     device: int(os.environ.get("BENCH_ROUNDS", rounds))
-    for device, rounds in (("cpu", 15), ("cuda", 50))
+    for device, rounds in (("cpu", 15), ("cuda", 25))
 }
 
 # Bytes a parameter with and without an EMA partner, gradient norm left out (performance figures of
@@ -163,12 +163,7 @@ def timed(function: Callable[[], None], device: str) -> float:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return device_seconds([function])
 
 
 def captured(function: Callable[[], None]) -> Callable[[], None]:

@@ -3,7 +3,10 @@
     pytest bench/bench_attention.py -s
 
 Targets are dense (equal lengths), contexts and predictor sequences are packed as the sampler draws
-them. Every peer that computes the same thing is checked against ours once and then timed; padded
+them. Every peer that computes the same thing is checked against ours once and then timed. Peers
+take q, k and v apart, so that their gradients come in three buffers: of one qkv buffer, which the
+model's projection writes, they would pay a stack besides (`, of qkv` for the one that is nearest to
+ours). Ours is timed in both forms. Padded
 SDPA without a mask computes something else and stands in a table of its own. FlexAttention, which
 is compiled for every shape, has tables of its own (`-k flex`). Peers that are not installed or that
 refuse a shape are left out and named. On a CPU one small shape runs against SDPA, so that anyone
@@ -12,6 +15,7 @@ can try it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +23,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_vit_kernels import Packing, pack_lengths, varlen_attention_qkvpacked
+from masked_vit_kernels import (
+    Packing,
+    pack_lengths,
+    varlen_attention,
+    varlen_attention_qkvpacked,
+)
 from shapes import DTYPES, EVERY_SHAPE, Shape
 from timing import backward_of, compare
 from torch import Tensor
@@ -33,7 +42,7 @@ FLEX_BLOCK = 128
 # Bytes an element of one of q, k, v, out, dout, dq, dk, dv in half precision: what must move once.
 FORWARD_ROWS, BACKWARD_ROWS = 4, 8
 
-Attend = Callable[[Tensor], Tensor]  # qkv (T, 3, H, D) -> (T, H, D)
+Attend = Callable[..., Tensor]  # (q, k, v) (T, H, D) each, or (qkv,) (T, 3, H, D) -> (T, H, D)
 
 
 def _ours(packing: Packing) -> Attend:
@@ -42,11 +51,22 @@ def _ours(packing: Packing) -> Attend:
     )
 
 
+def _ours_apart(packing: Packing) -> Attend:
+    bounds, longest = packing.cu_seqlens, packing.max_seqlen
+    packings = {"packing_q": packing, "packing_k": packing}
+    return lambda q, k, v: varlen_attention(q, k, v, bounds, bounds, longest, longest, **packings)
+
+
 def _torch_varlen(packing: Packing) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = packing.cu_seqlens, packing.max_seqlen
-    return lambda qkv: varlen_attn(*qkv.unbind(1), bounds, bounds, longest, longest)
+    return lambda q, k, v: varlen_attn(q, k, v, bounds, bounds, longest, longest)
+
+
+def _torch_varlen_of_qkv(packing: Packing) -> Attend:
+    attend = _torch_varlen(packing)
+    return lambda qkv: attend(*qkv.unbind(1))
 
 
 def _flash_attn(packing: Packing) -> Attend:
@@ -60,7 +80,7 @@ def _xformers(packing: Packing) -> Attend:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     bias = BlockDiagonalMask.from_seqlens(packing.cu_seqlens.diff().tolist())
-    return lambda qkv: memory_efficient_attention(*qkv[None].unbind(2), attn_bias=bias)[0]
+    return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
 
 def packed_block_mask(packing: Packing):
@@ -99,8 +119,8 @@ def _flex(packing: Packing) -> Attend:
     mask = packed_block_mask(packing)
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def attend(qkv: Tensor) -> Tensor:
-        q, k, v = (part.transpose(0, 1)[None] for part in qkv.unbind(1))
+    def attend(*qkv: Tensor) -> Tensor:
+        q, k, v = (part.transpose(0, 1)[None] for part in qkv)
         return compiled(q, k, v, block_mask=mask)[0].transpose(0, 1)
 
     return attend
@@ -111,12 +131,9 @@ def _jagged(packing: Packing) -> Attend:
     # both bounds, or every call would read them back from the device
     bounds = {"min_seqlen": int(offsets.diff().min()), "max_seqlen": packing.max_seqlen}
 
-    def attend(qkv: Tensor) -> Tensor:
-        q, k, v = (
-            torch.nested.nested_tensor_from_jagged(part, offsets, **bounds)
-            for part in qkv.unbind(1)
-        )
-        parts = (part.transpose(1, 2) for part in (q, k, v))
+    def attend(*qkv: Tensor) -> Tensor:
+        jagged = (torch.nested.nested_tensor_from_jagged(part, offsets, **bounds) for part in qkv)
+        parts = (part.transpose(1, 2) for part in jagged)
         return F.scaled_dot_product_attention(*parts).transpose(1, 2).values()
 
     return attend
@@ -131,8 +148,8 @@ def _sdpa_masked(packing: Packing) -> Attend:
     mask = valid[:, None, None, :]
     places = valid.flatten().nonzero()[:, 0]
 
-    def attend(qkv: Tensor) -> Tensor:
-        q, k, v = qkv[rows].permute(2, 0, 3, 1, 4)  # (S, H, N, D) each
+    def attend(*qkv: Tensor) -> Tensor:
+        q, k, v = (part[rows].transpose(1, 2) for part in qkv)  # (S, H, N, D) each
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).flatten(0, 1)[places]
 
@@ -142,22 +159,24 @@ def _sdpa_masked(packing: Packing) -> Attend:
 def _sdpa_by_sequence(packing: Packing) -> Attend:
     bounds = list(pairwise(packing.cu_seqlens.tolist()))
 
-    def attend(qkv: Tensor) -> Tensor:
-        parts = (qkv[a:b].permute(1, 2, 0, 3)[:, None] for a, b in bounds)
-        outputs = [F.scaled_dot_product_attention(*part)[0].transpose(0, 1) for part in parts]
+    def attend(*qkv: Tensor) -> Tensor:
+        sequences = ([part[a:b].transpose(0, 1)[None] for part in qkv] for a, b in bounds)
+        outputs = [F.scaled_dot_product_attention(*parts)[0].transpose(0, 1) for parts in sequences]
         return torch.cat(outputs)
 
     return attend
 
 
 def _sdpa_equal(backend: SDPBackend | None) -> Callable[[Packing], Attend]:
-    """Dense (S, N, 3, H, D) attention by one backend of SDPA; `max_seqlen` is every length."""
+    """Dense (S, N, H, D) attention by one backend of SDPA; `max_seqlen` is every length."""
 
     def build(packing: Packing) -> Attend:
-        def attend(qkv: Tensor) -> Tensor:
-            dense = qkv.view(packing.num_sequences, packing.max_seqlen, *qkv.shape[1:])
-            with sdpa_kernel(backend) if backend else torch.enable_grad():
-                out = F.scaled_dot_product_attention(*dense.permute(2, 0, 3, 1, 4))
+        def attend(*qkv: Tensor) -> Tensor:
+            shape = (packing.num_sequences, packing.max_seqlen, *qkv[0].shape[1:])
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                out = F.scaled_dot_product_attention(
+                    *(part.view(shape).transpose(1, 2) for part in qkv)
+                )
             return out.transpose(1, 2).flatten(0, 1)
 
         return attend
@@ -165,8 +184,11 @@ def _sdpa_equal(backend: SDPBackend | None) -> Callable[[Packing], Attend]:
     return build
 
 
+OF_QKV = ("ours", "torch varlen_attn, of qkv", "flash_attn")  # what takes one buffer
+UNCAPTURABLE = ("jagged nested tensor",)
 PACKED_PEERS = {
     "torch varlen_attn": _torch_varlen,
+    "torch varlen_attn, of qkv": _torch_varlen_of_qkv,
     "jagged nested tensor": _jagged,
     "SDPA padded with a mask": _sdpa_masked,
 }
@@ -186,12 +208,17 @@ CPU_DENSE_PEERS = {"SDPA": _sdpa_equal(None)}
 FLEX = {"FlexAttention, compiled": _flex}
 
 
-def _accepted(build: Callable[[Packing], Attend], packing: Packing, qkv: Tensor, name: str):
+def _leaves(sample: dict, name: str) -> list[Tensor]:
+    """What a provider of that name takes: the one buffer, or its three parts."""
+    return [sample["qkv"]] if name in OF_QKV else sample["parts"]
+
+
+def _accepted(build: Callable[[Packing], Attend], packing: Packing, sample: dict, name: str):
     """The peer, if it is there and runs this shape forward and backward; else None."""
     try:
-        attend = build(packing)
-        out = attend(qkv)
-        torch.autograd.grad(out, qkv, torch.ones_like(out))
+        attend, leaves = build(packing), _leaves(sample, name)
+        out = attend(*leaves)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
     except Exception as error:  # whatever a peer may raise: the others are still to be timed
         print(f"  left out: {name}: {str(error).splitlines()[:1]}")
         return None
@@ -208,10 +235,11 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
 
     def make_inputs() -> dict:
         qkv = torch.randn(total, 3, heads, head_dim, device=device, dtype=dtype)
-        return {"qkv": qkv.requires_grad_()}
+        parts = [x.contiguous().requires_grad_() for x in qkv.unbind(1)]
+        return {"qkv": qkv.requires_grad_(), "parts": parts}
 
-    sample = make_inputs()["qkv"]
-    built = {"ours": _ours(packing)}
+    sample = make_inputs()
+    built = {"ours": _ours(packing), "ours, apart": _ours_apart(packing)}
     for name, build in peers.items():
         if attend := _accepted(build, packing, sample, name):
             built[name] = attend
@@ -220,8 +248,15 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
         "op": "attention", "shape": f"{shape.name} {part}", "part": part, "head_dim": head_dim,
         "longest": packing.max_seqlen, "equal_lengths": part in ("target", "padded"),
     }  # fmt: skip
-    forwards = {n: (lambda s, f=f: lambda: f(s["qkv"].detach())) for n, f in built.items()}
-    backwards = {n: (lambda s, f=f: backward_of(f, [s["qkv"]])) for n, f in built.items()}
+
+    def forward_of(name: str, attend: Attend):
+        return lambda s: lambda: attend(*(x.detach() for x in _leaves(s, name)))
+
+    forwards = {name: forward_of(name, attend) for name, attend in built.items()}
+    backwards = {
+        name: (lambda s, n=name, f=attend: backward_of(f, _leaves(s, n)))
+        for name, attend in built.items()
+    }
     known = _backward_facts(backwards["ours"](make_inputs()), row_bytes, device)
     with_flex = ", Flex" if peers is FLEX else ""
     for direction, providers, rows, more in (
@@ -231,6 +266,7 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
         compare(
             f"attention {direction} {shape.name} {part} D={head_dim}{with_flex}", providers,
             make_inputs, rows * row_bytes, device, facts={**facts, "direction": direction, **more},
+            uncapturable=UNCAPTURABLE,
         )  # fmt: skip
 
 

@@ -9,17 +9,22 @@ the very same tokens and is what ratios are taken from; "packed" keeps every ima
 which the dense providers cannot represent, so that only ours run. Losses of the first step are
 compared; a provider that fails or differs fails the bench once the others' figures are filed.
 
-A step is timed on the wall clock between two waits for the device, optimiser included, and the
-host's reads where a provider makes them. On a CPU all cores are used; with BENCH_THREADS=1 the
-process's clock counts instead, for machines that other jobs share. Rounds are interleaved and the
-median counts. MFU is the share of a large matrix product's rate on the same machine, measured
-in the same run, in float32 for fp32 runs and bfloat16 for the others. Phases are timed apart, with
-a wait at each boundary, in steps that are not compiled as a whole.
+Steps are timed on the wall clock between two waits for the device, five of them on a GPU, optimiser
+included, and the host's reads where a provider makes them. On a CPU all cores are used; with
+BENCH_THREADS=1 the process's clock counts instead, for machines that other jobs share. The median
+of the rounds counts: on a CPU they are interleaved; on a GPU one provider after the other is built,
+timed, filed and taken down, so that each has the memory to itself and a run that ends early keeps
+what it has measured. "blocks compiled" traces one transformer block of each network instead of all
+of them: seconds instead of minutes. MFU is the share of a large matrix product's rate on the same
+machine, measured in the same run, in float32 for fp32 runs and bfloat16 for the others. Phases are
+timed apart, with a wait at each boundary, in steps that are not compiled.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import os
 import re
 import statistics
@@ -93,37 +98,57 @@ CHOSEN = os.environ.get("BENCH_SIZES", ",".join(SIZES) if ON_GPU else "demo,smal
 PRECISIONS = os.environ.get("BENCH_PRECISIONS", "bf16" if ON_GPU else "fp32").split(",")
 COMPILE = ON_GPU or os.environ.get("BENCH_COMPILE") == "1"
 THREADS = None if ON_GPU else int(os.environ.get("BENCH_THREADS", torch.get_num_threads()))
-PROVIDERS = os.environ.get("BENCH_PROVIDERS", "")  # a pattern of their names; "ours" always runs
-ROUNDS = int(os.environ.get("BENCH_ROUNDS", "20" if ON_GPU else "7"))
+PROVIDERS = os.environ.get("BENCH_PROVIDERS", "")  # a pattern of their names
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "6" if ON_GPU else "7"))
 BATCHES = 3  # mask batches in rotation
+
+STEPS_A_ROUND = 5 if ON_GPU else 1
 
 Provider = Callable[..., object]
 
 
-def make_providers(model: IJEPA, precision: str, batching: str) -> dict[str, Provider]:
-    """Name to step; each with its own copy of the model."""
-
-    def fresh() -> IJEPA:
-        return copy.deepcopy(model)
-
-    providers: dict[str, Provider] = {"ours": Ours(fresh(), precision)}
-    if COMPILE:
-        providers["ours, compiled"] = Ours(fresh(), precision, compile=True)
+def make_providers(precision: str, batching: str) -> dict[str, Callable[[IJEPA], Provider]]:
+    """Name to what builds it around a model of its own, ours first."""
+    parameters = f"{precision}-params"
+    builders: dict[str, Callable[[IJEPA], Provider]] = {}
     if ON_GPU:
-        providers["ours, compiled, graph"] = Ours(fresh(), precision, compile=True, cuda_graph=True)
-        parameters = f"{precision}-params"
-        providers["ours, bf16 weights, compiled, graph"] = Ours(
-            fresh(), parameters, compile=True, cuda_graph=True
+        builders["ours, bf16 weights, blocks compiled, graph"] = functools.partial(
+            Ours, precision=parameters, compile="blocks", cuda_graph=True
         )
-    elif precision == "bf16":
-        providers["ours, bf16 weights"] = Ours(fresh(), "bf16-params")
-    providers["ours without kernels"] = WithoutKernels(fresh(), precision)
+        builders["ours, bf16 weights and residual, blocks compiled, graph"] = lambda model: Ours(
+            with_bf16_residual(model), parameters, compile="blocks", cuda_graph=True
+        )
+        builders["ours, bf16 weights, compiled, graph"] = functools.partial(
+            Ours, precision=parameters, compile=True, cuda_graph=True
+        )
+        builders["ours, blocks compiled, graph"] = functools.partial(
+            Ours, precision=precision, compile="blocks", cuda_graph=True
+        )
+    builders["ours"] = functools.partial(Ours, precision=precision)
+    if COMPILE:
+        builders["ours, compiled"] = functools.partial(Ours, precision=precision, compile=True)
+    if precision == "bf16" and not ON_GPU:
+        builders["ours, bf16 weights"] = functools.partial(Ours, precision=parameters)
+    builders["ours without kernels"] = functools.partial(WithoutKernels, precision=precision)
     if batching == "truncate":
-        providers["released style"] = ReleasedStyle(fresh(), precision)
-        providers["best stock"] = BestStock(fresh(), precision, compile=False)
+        if ON_GPU:
+            builders["best stock, blocks compiled, graph"] = functools.partial(
+                BestStock, precision=precision, compile="blocks", cuda_graph=True
+            )
+        builders["released style"] = functools.partial(ReleasedStyle, precision=precision)
+        builders["best stock"] = functools.partial(BestStock, precision=precision)
         if COMPILE:
-            providers["best stock, compiled"] = BestStock(fresh(), precision, compile=True)
-    return {n: step for n, step in providers.items() if n == "ours" or re.search(PROVIDERS, n)}
+            builders["best stock, compiled"] = functools.partial(
+                BestStock, precision=precision, compile=True, cuda_graph=ON_GPU
+            )
+    return {name: build for name, build in builders.items() if re.search(PROVIDERS, name)}
+
+
+def with_bf16_residual(model: IJEPA) -> IJEPA:
+    """The model with another setting of `ModelConfig.residual`."""
+    for part in (model.context_encoder, model.target_encoder, model.predictor):
+        part.residual = "bf16"
+    return model
 
 
 def draw_masks(size: Size, batching: str) -> list[MaskBatch]:
@@ -145,16 +170,16 @@ def now() -> float:
 
 
 def time_rounds(providers: dict[str, Provider], images, batches) -> dict[str, list[float]]:
-    """Seconds of every round of every provider, interleaved."""
+    """Seconds a step of every round of every provider, interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for number in range(ROUNDS):
         for name, step in providers.items():
-            masks = batches[number % len(batches)]
             synchronize()
             start = now()
-            step(images, masks)
+            for turn in range(STEPS_A_ROUND):
+                step(images, batches[(number + turn) % len(batches)])
             synchronize()
-            seconds[name].append(now() - start)
+            seconds[name].append((now() - start) / STEPS_A_ROUND)
     return seconds
 
 
@@ -215,7 +240,7 @@ def test_step(name, precision, batching):
 
 
 def run(name: str, precision: str, batching: str) -> dict[str, dict]:
-    """Check, time, print and file one table."""
+    """Check, time, print and file one table, which is filed anew after every group of providers."""
     size = SIZES[name]
     torch.manual_seed(0)
     model = IJEPA(size.config).to(DEVICE)
@@ -224,49 +249,60 @@ def run(name: str, precision: str, batching: str) -> dict[str, dict]:
     batches = draw_masks(size, batching)
     tokens = count_tokens(batches[0].to("cpu"))
     flops = size.batch * sum(part.total for part in step_flops(size.config, tokens).values())
-    providers = make_providers(model, precision, batching)
-    losses, failures = warm_up(providers, images, batches)
     rate = matmul_rate(precision)
-    seconds = time_rounds(providers, images, batches)
-    rows = {}
-    for label, rounds in seconds.items():
-        median = statistics.median(rounds)
-        rows[label] = {
-            "first_loss": losses[label],
-            "ms": 1e3 * median,
-            "ms_fastest": 1e3 * min(rounds),
-            "images_per_second": size.batch / median,
-            "mfu": flops / median / rate,
-            "peak_gib": peak_memory(providers[label], images, batches[0]),
-        }
-        if "graph" not in label and label != "ours, compiled":
-            rows[label]["phases"] = time_phases(providers[label], images, batches[0])
-    stock = [row["ms"] for label, row in rows.items() if label.startswith("best stock")]
-    for row in rows.values():
-        row["speed_over_best_stock"] = min(stock) / row["ms"] if stock else None
+    rows: dict[str, dict] = {}
     entry = {
         "size": name, "precision": precision, "batching": batching, "batch": size.batch,
         "gigaflops": flops / 1e9, "matmul_teraflops": rate / 1e12,
         "threads": THREADS, "providers": rows,
     }  # fmt: skip
-    save_step(device_name(DEVICE), entry)
+    builders = make_providers(precision, batching)
+    failures: dict[str, str] = {}
+    # interleaved on a CPU, which other jobs share; one after the other on a GPU
+    for group in [[label] for label in builders] if ON_GPU else [list(builders)]:
+        providers = {label: builders[label](copy.deepcopy(model)) for label in group}
+        losses, seconds_of_warm_up, failed = warm_up(providers, images, batches)
+        failures |= failed
+        for label, rounds in time_rounds(providers, images, batches).items():
+            median = statistics.median(rounds)
+            rows[label] = {
+                "first_loss": losses[label],
+                "warm_up_seconds": seconds_of_warm_up[label],
+                "ms": 1e3 * median,
+                "ms_fastest": 1e3 * min(rounds),
+                "images_per_second": size.batch / median,
+                "mfu": flops / median / rate,
+                "peak_gib": peak_memory(providers[label], images, batches[0]),
+            }
+            if "compiled" not in label:
+                rows[label]["phases"] = time_phases(providers[label], images, batches[0])
+        stock = [row["ms"] for label, row in rows.items() if label.startswith("best stock")]
+        for row in rows.values():
+            row["speed_over_best_stock"] = min(stock) / row["ms"] if stock else None
+        if rows:
+            save_step(device_name(DEVICE), entry)
+        del providers
+        give_memory_back()
     show(entry)
-    assert not failures, failures
+    assert rows and not failures, failures
+    first = next(iter(rows.values()))["first_loss"]
     tolerance = 1e-4 if precision == "fp32" else 2e-2
-    for label, loss in losses.items():
-        assert abs(loss - losses["ours"]) <= tolerance, f"{label}: {loss}, ours {losses['ours']}"
+    for label, row in rows.items():
+        difference = abs(row["first_loss"] - first)
+        assert difference <= tolerance, f"{label}: {row['first_loss']}, ours {first}"
     return rows
 
 
 def warm_up(
     providers: dict[str, Provider], images, batches
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Losses of the first steps, and the errors of providers that fail.
+) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Losses of the first steps, seconds until the provider is warm, errors of those that fail.
 
     Those are taken out of `providers`: a run on a borrowed machine keeps what the others measure.
     """
-    losses, failures = {}, {}
+    losses, seconds, failures = {}, {}, {}
     for label, step in list(providers.items()):
+        start = time.perf_counter()
         try:
             losses[label] = float(step(images, batches[0]))
             for masks in batches * 3:
@@ -274,9 +310,18 @@ def warm_up(
             synchronize()
         except Exception as error:
             failures[label] = f"{type(error).__name__}: {error}"
-            print(f"\n  left out: {label}: {failures[label][:300]}")
+            print(f"\n  left out: {label}: {failures[label][:600]}", flush=True)
             del providers[label]
-    return losses, failures
+        seconds[label] = time.perf_counter() - start
+    return losses, seconds, failures
+
+
+def give_memory_back() -> None:
+    """Models, graphs and optimisers of gigabytes, which reference cycles would keep."""
+    gc.collect()
+    if ON_GPU:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
 
 def show(entry: dict) -> None:
@@ -288,7 +333,7 @@ def show(entry: dict) -> None:
     for label, row in entry["providers"].items():
         ratio = row["speed_over_best_stock"]
         print(
-            f"  {label:36} {row['ms']:9.1f} ms {row['images_per_second']:8.1f} img/s"
+            f"  {label:56} {row['ms']:9.1f} ms {row['images_per_second']:8.1f} img/s"
             f" {100 * row['mfu']:5.1f} % MFU"
             + (f" {ratio:5.2f}x best stock" if ratio else "")
             + "".join(f"  {p} {ms:.0f}" for p, ms in row.get("phases", {}).items())

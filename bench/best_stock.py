@@ -1,11 +1,13 @@
 """The fastest step that PyTorch's own parts make on dense, truncated batches.
 
-SDPA, torch.compile of the three networks, fused AdamW, foreach lerp, nothing read by the host.
+SDPA, torch.compile of the three networks or of their blocks, fused AdamW, foreach lerp, nothing
+read by the host, and the whole step as one CUDA graph.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +20,36 @@ from released_style import (
     no_clock,
     normalised,
     predict,
+    run_block,
     target_features,
 )
 from torch import Tensor
 
 from ijepa import IJEPA, MaskBatch
+from ijepa.captured import CapturedStep
 from ijepa.optim import ema_pairs, parameter_groups
+from ijepa.vit import Block
 
 
-def _normalised_target(model: IJEPA, images: Tensor, targets: Tensor) -> Tensor:
-    images = normalised(images, model)
-    return target_features(model, images, targets, F.scaled_dot_product_attention)
+def _sdpa_block(block: Block, x: Tensor) -> Tensor:
+    return run_block(block, x, F.scaled_dot_product_attention)
 
 
-def _context(model: IJEPA, images: Tensor, ids: Tensor) -> Tensor:
-    images = normalised(images, model)
-    return encode(model.context_encoder, images, ids, F.scaled_dot_product_attention)
+RunBlock = Callable[[Block, Tensor], Tensor]
 
 
-def _loss(model: IJEPA, context: Tensor, ids: Tensor, targets: Tensor, expected: Tensor) -> Tensor:
-    predictions = predict(model, context, ids, targets, F.scaled_dot_product_attention)
+def _target(model: IJEPA, images: Tensor, targets: Tensor, run: RunBlock) -> Tensor:
+    return target_features(model, normalised(images, model), targets, run)
+
+
+def _context(model: IJEPA, images: Tensor, ids: Tensor, run: RunBlock) -> Tensor:
+    return encode(model.context_encoder, normalised(images, model), ids, run)
+
+
+def _loss(
+    model: IJEPA, context: Tensor, ids: Tensor, targets: Tensor, expected: Tensor, run: RunBlock
+) -> Tensor:
+    predictions = predict(model, context, ids, targets, run)
     return F.smooth_l1_loss(predictions.float(), expected.float())
 
 
@@ -45,9 +57,11 @@ class StockUpdate:
     """PyTorch's fused AdamW, then the target encoder's average as one foreach lerp."""
 
     def __init__(self, model: IJEPA):
+        on_gpu = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model), lr=LR, weight_decay=WEIGHT_DECAY, fused=True
-        )
+            parameter_groups(model), lr=LR, weight_decay=WEIGHT_DECAY, fused=True,
+            capturable=on_gpu,
+        )  # fmt: skip
         self.averages, self.sources = map(list, zip(*ema_pairs(model), strict=True))
 
     def __call__(self, clock: Clock = no_clock) -> None:
@@ -63,16 +77,27 @@ class BestStock:
     """One optimiser step a call.
 
     Args:
-        compile: trace the three networks, each once.
+        compile: True traces the three networks, each once; "blocks" their blocks.
+        cuda_graph: replay the whole step.
     """
 
-    def __init__(self, model: IJEPA, precision: str, *, compile: bool):
+    def __init__(self, model: IJEPA, precision: str, *, compile=False, cuda_graph: bool = False):
         self.model, self.autocast = model, precision == "bf16"
         self.update = StockUpdate(model)
-        wrap = functools.partial(torch.compile, fullgraph=True) if compile else lambda f: f
-        self.target, self.context, self.loss = map(wrap, (_normalised_target, _context, _loss))
+        trace = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        run = trace(_sdpa_block) if compile == "blocks" else _sdpa_block
+        wrap = trace if compile is True else lambda function: function
+        self.target, self.context, self.loss = (
+            functools.partial(wrap(function), run=run) for function in (_target, _context, _loss)
+        )
+        self.replayed = CapturedStep(self._step, lambda: None) if cuda_graph else None
 
     def __call__(self, images: Tensor, masks: MaskBatch, clock: Clock = no_clock) -> Tensor:
+        if self.replayed is not None and clock is no_clock:
+            return self.replayed(images, masks)
+        return self._step(images, masks, clock)
+
+    def _step(self, images: Tensor, masks: MaskBatch, clock: Clock = no_clock) -> Tensor:
         model, batch = self.model, masks.batch_size
         ids, targets = (
             masks.context.view(batch, -1),

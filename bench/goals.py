@@ -4,6 +4,8 @@ python bench/goals.py --results bench/results        one table for each device w
 
 Goals are set for an H200. Shares of the floor and ratios hold for any GPU; times are scaled by the
 copy bandwidth that was measured beside them. A goal without results has no figure, not a failure.
+Beside the targets of attention stand the shares of the floor that bench/attention_estimate.py
+expected on a Hopper GPU; it knows nothing of peers.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
 HERE = Path(__file__).parent
+PREDICTIONS = HERE / "results" / "predictions-sm90.json"
 H200_COPY = 4300  # GB/s, read plus write: what the goals in milliseconds were set against
 RELEASED_LOSS = "layer_norm, index, smooth_l1"
 MFU_TARGETS = {"H/14": 0.60, "L/16": 0.55, "B/16": 0.50}
@@ -31,6 +34,7 @@ class Goal:
     target: str
     figure: str = "no figure"
     met: bool | None = None
+    predicted: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,20 @@ def least(figures: Iterable[Figure | None]) -> Figure | None:
     return min((f for f in figures if f is not None), key=lambda f: f.value, default=None)
 
 
-def judged(number: int, what: str, target: str, figure: Figure | None, bound: float, form: str):
+def judged(
+    number: int,
+    what: str,
+    target: str,
+    figure: Figure | None,
+    bound: float,
+    form: str,
+    predicted: str = "",
+) -> Goal:
     """A goal that is met where the worst figure reaches the bound."""
     if figure is None:
-        return Goal(number, what, target)
+        return Goal(number, what, target, predicted=predicted)
     shown = f"{form.format(figure.value)} at the least ({figure.where})"
-    return Goal(number, what, target, shown, figure.value >= bound)
+    return Goal(number, what, target, shown, figure.value >= bound, predicted)
 
 
 def share_of_floor(tables: list[dict]) -> Figure | None:
@@ -105,37 +117,60 @@ def share_of_floor(tables: list[dict]) -> Figure | None:
     return least(Figure(ours(table)["share_of_copy"], name_of(table)) for table in tables)
 
 
-def attention_goals(results: Results) -> list[Goal]:
+@dataclass(frozen=True)
+class AttentionTables:
+    """Tables, or predictions with the same facts, that the goals of attention speak of."""
+
+    short: list[dict]
+    forward: list[dict]
+    packed_forward: list[dict]
+    dense_forward: list[dict]
+    backward: list[dict]
+    long: list[dict]
+
+    @classmethod
+    def of(cls, results: Results) -> AttentionTables:
+        attention = {"op": "attention", "part": lambda part: part != "padded"}
+        short = results.tables(**attention, longest=lambda n: n <= 256)
+        forward = [t for t in short if t["direction"] == "forward"]
+        packed = [t for t in forward if not t["equal_lengths"] and t["head_dim"] in (24, 80, 88)]
+        dense = [t for t in forward if t["equal_lengths"] and t["head_dim"] == 64]
+        backward = [t for t in short if t["direction"] == "backward" and not t["equal_lengths"]]
+        long = results.tables(**attention, longest=lambda n: n > 256)
+        return cls(short, forward, packed, dense, backward, long)
+
+
+def predicted_share(predictions: list[dict]) -> str:
+    """The smallest share of the floor predicted, as its range from serial to overlapped time."""
+    if not predictions:
+        return ""
+    worst = min(predictions, key=lambda row: row["share_of_floor"][0])
+    low, high = worst["share_of_floor"]
+    return f"{low:.0%} to {high:.0%} of the floor ({name_of(worst)})"
+
+
+def attention_goals(results: Results, predictions: Results) -> list[Goal]:
     """Goals 1 to 6."""
-    attention = {"op": "attention", "part": lambda part: part != "padded"}
-    short = results.tables(**attention, longest=lambda n: n <= 256)
-    forward = [table for table in short if table["direction"] == "forward"]
-    backward = [
-        table for table in short if table["direction"] == "backward" and not table["equal_lengths"]
-    ]
-    long = results.tables(**attention, longest=lambda n: n > 256)
-    packed = [
-        table
-        for table in forward
-        if not table["equal_lengths"] and table["head_dim"] in (24, 80, 88)
-    ]
-    dense = [table for table in forward if table["equal_lengths"] and table["head_dim"] == 64]
-    lacking = set(HEAD_DIMS) - {table["head_dim"] for table in forward}
-    note = f", without D={sorted(lacking)}" if forward and lacking else ""
+    tables, expected = AttentionTables.of(results), AttentionTables.of(predictions)
+    lacking = set(HEAD_DIMS) - {table["head_dim"] for table in tables.forward}
+    note = f", without D={sorted(lacking)}" if tables.forward and lacking else ""
     return [
         judged(1, f"attention forward, N<=256, all head dims{note}", "60 % of the floor",
-               share_of_floor(forward), 0.60, "{:.0%}"),
+               share_of_floor(tables.forward), 0.60, "{:.0%}", predicted_share(expected.forward)),
         judged(2, "forward against the best peer, packed, D=24/80/88", "1.3x",
-               least(map(over, packed)), 1.3, "{:.2f}x"),
+               least(map(over, tables.packed_forward)), 1.3, "{:.2f}x",
+               predicted_share(expected.packed_forward)),
         judged(3, "forward against the best peer, dense, D=64", "1.0x",
-               least(map(over, dense)), 1.0, "{:.2f}x"),
+               least(map(over, tables.dense_forward)), 1.0, "{:.2f}x",
+               predicted_share(expected.dense_forward)),
         judged(4, "backward, N<=256, lengths as drawn", "50 % of the floor",
-               share_of_floor(backward), 0.50, "{:.0%}"),
+               share_of_floor(tables.backward), 0.50, "{:.0%}", predicted_share(expected.backward)),
         judged(4, "the same against varlen_attn", "1.7x",
-               least(over(table, "varlen_attn") for table in backward), 1.7, "{:.2f}x"),
-        determinism(short),
+               least(over(table, "varlen_attn") for table in tables.backward), 1.7, "{:.2f}x",
+               predicted_share(expected.backward)),
+        determinism(tables.short),
         judged(6, "N over 256 against the best peer, both directions", "0.85x",
-               least(map(over, long)), 0.85, "{:.2f}x"),
+               least(map(over, tables.long)), 0.85, "{:.2f}x", predicted_share(expected.long)),
     ]  # fmt: skip
 
 
@@ -231,16 +266,27 @@ def step_goals(results: Results) -> list[Goal]:
     return goals
 
 
-def goals_of(results: Results) -> list[Goal]:
+def goals_of(results: Results, predictions: Results) -> list[Goal]:
     """All of them, by number."""
-    goals = attention_goals(results) + optimizer_goals(results)
+    goals = attention_goals(results, predictions) + optimizer_goals(results)
     goals += token_goals(results) + step_goals(results)
     return sorted(goals, key=lambda goal: goal.number)
+
+
+def prediction_note(filed: dict) -> str:
+    """Where the predictions come from."""
+    return (
+        f"Predicted on {filed['date']} for an H200 by `bench/attention_estimate.py`, from the sm_90"
+        f" machine code of commit {filed['commit']}: the worst of the shapes, by the serial and by"
+        " the overlapped time."
+    )
 
 
 def goal_lines(folder: Path) -> list[str]:
     """A Markdown table for each device that has kernel results in the folder."""
     lines = []
+    filed = json.loads(PREDICTIONS.read_text())
+    predictions = Results({str(n): row for n, row in enumerate(filed["predictions"])}, [])
     for path in sorted(folder.glob("kernels-*.json")):
         device = path.stem.removeprefix("kernels-")
         steps = folder / f"step-{device}.json"
@@ -249,11 +295,12 @@ def goal_lines(folder: Path) -> list[str]:
         )
         on_gpu = any(table.get("on_gpu") for table in results.kernels.values())
         lines += [f"## Goals: {device}" if on_gpu else f"## Goals, set for a GPU: {device}", ""]
-        lines += ["| # | goal | target | figure | met |", "|---" * 5 + "|"]
-        for goal in goals_of(results):
+        lines += ["| # | goal | target | predicted | figure | met |", "|---" * 6 + "|"]
+        for goal in goals_of(results, predictions):
             met = {True: "yes", False: "no", None: ""}[goal.met]
-            lines.append(f"| {goal.number} | {goal.what} | {goal.target} | {goal.figure} | {met} |")
-        lines.append("")
+            cells = (goal.number, goal.what, goal.target, goal.predicted, goal.figure, met)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += ["", prediction_note(filed), ""]
         for table in results.tables(op="ceilings"):
             rates = ", ".join(f"{n} {r['teraflops']:.1f}" for n, r in table["providers"].items())
             copy = table["copy_gigabytes_per_second"]

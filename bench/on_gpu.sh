@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Everything a GPU has to say, in one call under nine minutes: tests, kernel benches, step benches,
-# a profile, the report.
+# Everything a GPU has to say, in calls under nine minutes: the step, the kernels beside their peers,
+# the tests, the report. On a machine without network, run bench/carry.sh where there is one first.
 #
-#   bash bench/on_gpu.sh OUT            on a machine with a CUDA device
-#   bash bench/on_gpu.sh OUT --dry      every line on the CPU, with small sizes
-#   ONLY="step report" BENCH_SIZES=H/14 STEP_SECONDS=450 bash bench/on_gpu.sh OUT     one part alone
+#   bash bench/on_gpu.sh OUT                                         B/16 and all kernels
+#   ONLY="step packed report" BENCH_SIZES=L/16 bash bench/on_gpu.sh OUT       the other models,
+#   ONLY="step packed report" BENCH_SIZES=H/14 bash bench/on_gpu.sh OUT       a call each
+#   ONLY="sanitize profile" bash bench/on_gpu.sh OUT                 memory checks; where time goes
+#   ONLY="lengths flex curves" bash bench/on_gpu.sh OUT              long lists, curves
+#   bash bench/on_gpu.sh OUT --dry                                   every line on the CPU, small
 #
-# The most valuable figures come first. Each part has a time limit of its own; one that fails or runs
-# over does not keep the next from running, and what it has filed stays. BENCH_SECONDS is the time of
-# the whole call: later parts get what is left of it.
+# Each part has a time limit of its own; one that fails, hangs or is cut does not keep the next from
+# running, and what it has filed stays: results are written table by table. BENCH_SECONDS is the time
+# of the whole call: a part gets what is left of it. What compiles long (the step) compiles beside the
+# tests, when nothing is timed.
 #
-# OUT gets few files: summary.txt, log.txt, RESULTS.md (the goals first), profile.json, results/*.json.
+# OUT gets few files: summary.txt, log.txt, tests.txt, RESULTS.md (the goals first), profile.json,
+# results/*.json. summary.txt ends with the GPU tests that never ran, by number.
 set -u
 OUT=${1:?usage: bench/on_gpu.sh OUT [--dry]}
 DRY=${2:-}
@@ -19,9 +24,17 @@ mkdir -p "$OUT/results"
 OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
 BENCH_SECONDS=${BENCH_SECONDS:-520}
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 BENCH_RESULTS="$OUT/results"
 : >"$OUT/summary.txt"
 : >"$OUT/log.txt"
+
+if compgen -G ".carry/*.whl" >/dev/null && [ "$DRY" != --dry ]; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target "$SCRATCH/site" .carry/*.whl >>"$OUT/log.txt" 2>&1
+    export PYTHONPATH=$PYTHONPATH:$SCRATCH/site
+fi
 
 if [ "$DRY" = --dry ]; then
     export OMP_NUM_THREADS=1 BENCH_THREADS=1 BENCH_ROUNDS=1 BENCH_SIZES=demo
@@ -31,17 +44,19 @@ if [ "$DRY" = --dry ]; then
 else
     export BENCH_SIZES=${BENCH_SIZES:-B/16}  # compiling takes most of a step bench
     SIZE=${BENCH_SIZES%%,*} STEPS=300
-    GPU_TESTS=(-m gpu -v --timeout 60 --timeout-method thread)
-    "$PYTHON" -c 'import xdist' 2>/dev/null && GPU_TESTS+=(-n 8)
+    GPU_TESTS=(-m gpu -v --timeout 90 --timeout-method thread)
+    "$PYTHON" -c 'import xdist' 2>/dev/null && GPU_TESTS+=(-n "${TEST_PROCESSES:-10}")
     OPTIMIZER=(-m gpu)
     # what the goals compare; BENCH_PROVIDERS= takes every provider
-    export BENCH_PROVIDERS=${BENCH_PROVIDERS-"bf16 weights|released|best stock, compiled"}
+    export BENCH_PROVIDERS=${BENCH_PROVIDERS-"bf16 weights.*blocks|best stock, blocks|released"}
 fi
+
+chosen() { [[ " ${ONLY:-$1} " == *" $1 "* ]]; }
 
 part() {  # part NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS left=$((BENCH_SECONDS - SECONDS)) status
     shift 2
-    [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
+    chosen "$name" || return 0
     [ "$name" = report ] || left=$((left - 15))
     if ((left < 5)); then
         echo "$name: not started, the call's $BENCH_SECONDS s are over" | tee -a "$OUT/summary.txt"
@@ -61,27 +76,51 @@ bench() {  # bench NAME SECONDS ARGUMENTS...: a part that is a pytest run, on wh
     part "$name" "$limit" "$PYTHON" -m pytest -q -s -rfE --tb=short -m "gpu or not gpu" "$@"
 }
 
+tests() {  # tests NAME SECONDS ARGUMENTS...: GPU tests, each outcome filed as it comes
+    local name=$1 limit=$2
+    shift 2
+    OMP_NUM_THREADS=1 TEST_REPORT="$OUT/tests.txt" part "$name" "$limit" "$PYTHON" -m pytest -q -rfE \
+        --tb=short --continue-on-collection-errors "${GPU_TESTS[@]}" "$@" tests
+}
+
+compile_beside() {  # compile_beside NAME SECONDS ARGUMENTS...: fills the compilers' caches
+    local name=$1 limit=$2
+    shift 2
+    if [ "$DRY" = --dry ] || ! chosen "$name"; then return 0; fi
+    BENCH_RESULTS="$SCRATCH" BENCH_ROUNDS=1 timeout --kill-after=10 "$limit" "$PYTHON" -m pytest -q -s \
+        "$@" >"$SCRATCH/$name-$RANDOM.log" 2>&1 &
+}
+
 part packages 30 "$PYTHON" bench/packages.py
 part doctor 20 "$PYTHON" -m ijepa.cli doctor
 bench ceilings 25 bench/bench_ceilings.py
-# The step's compiled code gets into its caches while the tests run: nothing is timed meanwhile.
-SCRATCH=$(mktemp -d)
-if [ -z "${ONLY:-}" ]; then
-    BENCH_RESULTS=$SCRATCH BENCH_ROUNDS=1 timeout --kill-after=10 110 "$PYTHON" -m pytest -q -s \
-        bench/bench_step.py -k truncate >"$SCRATCH/log" 2>&1 &
-fi
-OMP_NUM_THREADS=1 part tests 120 "$PYTHON" -m pytest -q -rfE --tb=short "${GPU_TESTS[@]}" tests
+for size in ${BENCH_SIZES//,/ }; do
+    BENCH_SIZES=$size compile_beside step 110 bench/bench_step.py -k truncate
+done
+compile_beside attention 110 bench/bench_attention.py -k "not flex"
+# The core of every op; attention's long list of lengths is a part of its own.
+tests tests 110 -k "not test_lengths_against_float64"
 wait
-rm -r "$SCRATCH"
+bench step "${STEP_SECONDS:-240}" bench/bench_step.py -k truncate
 bench attention 100 bench/bench_attention.py -k "not flex"
 bench optimizer 40 bench/bench_adamw_ema.py "${OPTIMIZER[@]}"
-bench step "${STEP_SECONDS:-100}" bench/bench_step.py -k truncate
 bench tokens 60 bench/bench_gather.py bench/bench_prediction_loss.py \
     bench/bench_predictor_tokens.py bench/bench_patch_embed.py
-bench packed 60 bench/bench_step.py -k packed
 bench flex 60 bench/bench_attention.py -k flex
+bench packed 60 bench/bench_step.py -k packed
 part profile 60 "$PYTHON" bench/profile_step.py --size "$SIZE" --out "$OUT/profile.json"
+tests lengths 90 -k "test_lengths_against_float64"
+if [ "$DRY" != --dry ]; then
+    for tool in memcheck racecheck; do
+        part sanitize 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            "$PYTHON" -m masked_vit_kernels.selftest --seed 1 --rounds 1
+    done
+fi
 part curves 60 "$PYTHON" bench/precision_curves.py --steps "$STEPS" --out "$OUT/results"
 part report 15 "$PYTHON" bench/report.py --results "$OUT/results" --out "$OUT/RESULTS.md"
 "$PYTHON" bench/goals.py --results "$OUT/results"
-! grep -qv "exit 0 " "$OUT/summary.txt"
+"$PYTHON" bench/never_ran.py "$OUT/tests.txt" | tee -a "$OUT/summary.txt"
+for log in "$SCRATCH"/*.log; do
+    [ -e "$log" ] && { echo "======== beside the tests: $log"; tail -n 25 "$log"; } >>"$OUT/log.txt"
+done
+! grep -q "exit [1-9]" "$OUT/summary.txt"

@@ -34,9 +34,7 @@ def our_phases(
 class Ours:
     """One optimiser step a call."""
 
-    def __init__(
-        self, model: IJEPA, precision: str, *, compile: bool = False, cuda_graph: bool = False
-    ):
+    def __init__(self, model: IJEPA, precision: str, *, compile=False, cuda_graph: bool = False):
         self.autocast = precision == "bf16"
         self.trainer = Trainer(
             model, OptimConfig(), SCHEDULE, precision=precision,

@@ -7,7 +7,8 @@ import importlib
 import sys
 
 NEEDED = (
-    "torch", "triton", "numpy", "PIL", "simplejpeg", "tyro", "rich", "safetensors",
+    "torch", "triton", "numpy", "PIL", "simplejpeg", "tyro", "typeguard",
+    "docstring_parser", "rich", "safetensors",
     "pytest", "pytest_benchmark", "pytest_timeout", "hypothesis",
 )  # fmt: skip
 USED = {

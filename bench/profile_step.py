@@ -43,8 +43,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
-    precision = "bf16" if ON_GPU else "fp32"
-    step = Ours(IJEPA(size.config).to(DEVICE), precision, compile=COMPILE)
+    precision = "bf16-params" if ON_GPU else "fp32"
+    compile = "blocks" if COMPILE else False
+    step = Ours(IJEPA(size.config).to(DEVICE), precision, compile=compile)
     shape = (size.batch, size.config.channels, *size.config.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
     batches = draw_masks(size, arguments.batching)

@@ -23,6 +23,7 @@ from ijepa.vit import Attention, Block, Encoder
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
 Clock = Callable[[str], None]
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+RunBlock = Callable[[Block, Tensor], Tensor]
 
 
 def no_clock(_phase: str) -> None:
@@ -65,32 +66,38 @@ def attend(attention: Attention, x: Tensor, mix: Mix) -> Tensor:
     return attention.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
-def run_block(block: Block, x: Tensor, mix: Mix) -> Tensor:
+def run_block(block: Block, x: Tensor, mix: Mix = softmax_mix) -> Tensor:
     """(B, N, D) -> (B, N, D)."""
     x = x + attend(block.attn, block.norm1(x), mix)
     return x + block.mlp(block.norm2(x))
 
 
-def encode(encoder: Encoder, images: Tensor, ids: Tensor | None, mix: Mix) -> Tensor:
+def encode(
+    encoder: Encoder, images: Tensor, ids: Tensor | None, run: RunBlock = run_block
+) -> Tensor:
     """Float images -> (B, K, D), or (B, N, D) without ids."""
     x = encoder.patch_embed.proj(images).flatten(2).transpose(1, 2)
     x = x + encoder.pos_embed
     if ids is not None:
         x = take(x, ids)
     for block in encoder.blocks:
-        x = run_block(block, x, mix)
+        x = run(block, x)
     return encoder.norm(x)
 
 
-def target_features(model: IJEPA, images: Tensor, targets: Tensor, mix: Mix) -> Tensor:
+def target_features(
+    model: IJEPA, images: Tensor, targets: Tensor, run: RunBlock = run_block
+) -> Tensor:
     """(M * B, K', D), all images of block 0 first."""
     with torch.no_grad():
-        features = encode(model.target_encoder, images, None, mix)
+        features = encode(model.target_encoder, images, None, run)
         features = F.layer_norm(features, (features.shape[-1],))
         return torch.cat([take(features, targets[:, m]) for m in range(targets.shape[1])])
 
 
-def predict(model: IJEPA, context: Tensor, ids: Tensor, targets: Tensor, mix: Mix) -> Tensor:
+def predict(
+    model: IJEPA, context: Tensor, ids: Tensor, targets: Tensor, run: RunBlock = run_block
+) -> Tensor:
     """Context features (B, K, D) -> predictions (M * B, K', D)."""
     predictor, blocks = model.predictor, targets.shape[1]
     positions = predictor.predictor_pos_embed.expand(ids.shape[0], -1, -1)
@@ -99,7 +106,7 @@ def predict(model: IJEPA, context: Tensor, ids: Tensor, targets: Tensor, mix: Mi
     tokens = tokens + predictor.mask_token
     x = torch.cat([x.repeat(blocks, 1, 1), tokens], dim=1)
     for block in predictor.predictor_blocks:
-        x = run_block(block, x, mix)
+        x = run(block, x)
     return predictor.predictor_proj(predictor.predictor_norm(x)[:, ids.shape[1] :])
 
 
@@ -129,11 +136,11 @@ class ReleasedStyle:
         context_ids, targets = dense_ids(masks)
         images = normalised(images, model)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-            expected = target_features(model, images, targets, softmax_mix)
+            expected = target_features(model, images, targets)
             clock("target")
-            context = encode(model.context_encoder, images, context_ids, softmax_mix)
+            context = encode(model.context_encoder, images, context_ids)
             clock("context")
-            predictions = predict(model, context, context_ids, targets, softmax_mix)
+            predictions = predict(model, context, context_ids, targets)
             loss = F.smooth_l1_loss(predictions, expected)
             clock("predictor")
         self.scaler.scale(loss).backward()

@@ -150,15 +150,13 @@ def write_report(results: Path, out: Path) -> None:
             lines += step_section(entry)
     for stem, result in load(results, "precision-*.json"):
         lines += precision_section(stem, result, out)
-    for path in sorted(results.glob("*.json")):
-        if path.stem.startswith(("step-", "precision-")):
-            continue
+    for stem, kernels in load(results, "kernels-*.json"):
         tables = [
             line
-            for title, entry in json.loads(path.read_text()).items()
+            for title, entry in kernels.items()
             for line in kernel_section(title, entry.get("providers", {}))
         ]
-        lines += [f"## Kernels: {path.stem}", "", *tables] if tables else []
+        lines += [f"## Kernels: {stem}", "", *tables] if tables else []
     out.write_text("\n".join(lines).rstrip() + "\n")
 
 

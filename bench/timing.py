@@ -5,13 +5,15 @@ error, and fails the bench after that: a run on a borrowed machine keeps what it
 
 A provider is a function of one set of inputs that returns a callable without arguments. Each is
 given several sets in rotation, so that nothing of the last round is in the L2 cache. On a GPU one
-round is a CUDA-graph replay over all sets; a provider that cannot be captured is timed with events
-and marked "eager", its host time included. On a CPU a round is one call on one thread, timed by the
-process's clock. Rounds are interleaved, so that other load falls on every provider alike.
+round is a CUDA-graph replay of at least twenty calls, issued while the device sleeps, so that no
+launch is timed; a provider that cannot be captured is timed with events and marked "eager", its
+host time included. On a CPU a round is one call on one thread, timed by the process's clock. Rounds
+are interleaved, so that other load falls on every provider alike.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -19,7 +21,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -29,8 +31,10 @@ Provider = Callable[[dict], Callable[[], object]]
 
 ROUNDS = {
     device: int(os.environ.get("BENCH_ROUNDS", rounds))
-    for device, rounds in (("cpu", 11), ("cuda", 30))
+    for device, rounds in (("cpu", 11), ("cuda", 20))
 }
+CALLS_A_GRAPH = 20
+SLEEP_CYCLES = 400_000  # about 0.2 ms, longer than a graph's launch takes the host
 TOLERANCE = 2e-2  # of a result's error, relative to its largest value
 L2_BYTES = 128 * 2**20  # more than any of today's: one rotation touches at least this much
 
@@ -59,6 +63,7 @@ def _cpu_name() -> str:
     return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
 
 
+@functools.cache
 def copy_bandwidth(device: str) -> float:
     """Bytes a second of a large copy on the device, read plus write: the ceiling of the table."""
     size = (1 if device == "cuda" else 2**-4) * 2**30
@@ -69,10 +74,15 @@ def copy_bandwidth(device: str) -> float:
 
 
 def backward_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    """A provider's callable for the gradients of `function(*inputs)` alone."""
+    """A provider's callable for the gradients of `function(*inputs)` alone.
+
+    The upstream gradient is random, since a constant one can cancel, and the same for every
+    provider. Its generator is not the device's own, which a capture must not touch.
+    """
     out = function(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
-    upstream = torch.ones_like(out)
+    generator = torch.Generator(out.device).manual_seed(out.numel())
+    upstream = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
     return lambda: torch.autograd.grad(out, wanted, upstream, retain_graph=True)
 
 
@@ -84,6 +94,7 @@ def compare(
     device: str,
     *,
     facts: dict | None = None,
+    uncapturable: Collection[str] = (),
 ) -> dict[str, dict]:
     """Check the providers against the first one, time them, print and file the table.
 
@@ -91,13 +102,18 @@ def compare(
         make_inputs: a fresh set of inputs; every provider gets the same sets.
         ideal_bytes: what the op has to read and write at the least, once.
         facts: what the table is about, filed with it.
+        uncapturable: providers that wait for the device, known beforehand: what fails in the middle
+            of a capture can leave the allocator in it.
 
     Raises:
         AssertionError: a provider differs from the first one. The table has been filed.
     """
     rotations = max(2, min(8, -(-L2_BYTES // ideal_bytes))) if device == "cuda" else 2
     stream = torch.cuda.Stream() if device == "cuda" else None
-    if device == "cpu":
+    repeats = -(-CALLS_A_GRAPH // rotations)
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream())  # the providers' own tensors are made there
+    else:
         torch.set_num_threads(1)
     with torch.cuda.stream(stream) if stream else torch.enable_grad():
         sets = [make_inputs() for _ in range(rotations)]
@@ -108,7 +124,9 @@ def compare(
         del results
         captured, eager = {}, set()
         for name, functions in calls.items():
-            graph = _capture(functions, stream) if stream else None
+            graph = None
+            if stream and name not in uncapturable:
+                graph = _capture(functions * repeats, stream)
             captured[name] = [graph.replay] if graph else functions
             if stream and graph is None:
                 eager.add(name)
@@ -117,7 +135,8 @@ def compare(
 
     rows = {}
     for name, rounds in seconds.items():
-        per_call = [s / rotations for s in rounds] if device == "cuda" else rounds
+        calls_a_round = rotations * (1 if name in eager else repeats) if stream else 1
+        per_call = [s / calls_a_round for s in rounds]
         median = statistics.median(per_call)
         rows[name] = {
             "us": 1e6 * median,
@@ -149,8 +168,13 @@ def _percentile(values: list[float], share: float) -> float:
 
 
 def _error(found: object, expected: object) -> float:
-    """The largest difference, relative to the largest value of each tensor."""
+    """The largest difference, relative to the largest value of each tensor.
+
+    Several tensors where one is expected are the parts along its dimension 1 (q, k, v of qkv).
+    """
     found, expected = ([x] if isinstance(x, Tensor) else list(x) for x in (found, expected))
+    if len(found) > len(expected) == 1:
+        found = [torch.stack(found, dim=1)]
     largest = 0.0
     for a, b in zip(found, expected, strict=True):
         reach = b.abs().max().item() or 1.0
@@ -170,7 +194,8 @@ def _capture(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda
         with torch.cuda.graph(graph, stream=stream):
             for function in functions:
                 function()
-    except RuntimeError:
+    except Exception as error:  # whatever a peer may raise: it is timed without a graph then
+        print(f"  not captured: {str(error).splitlines()[:1]}")
         torch.cuda.synchronize()
         return None
     return graph
@@ -189,14 +214,23 @@ def rounds_of(functions: dict[str, list[Callable]], device: str) -> dict[str, li
                 callables[number % len(callables)]()
                 seconds[name].append(time.process_time() - start)
                 continue
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for function in callables:
-                function()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3)
+            seconds[name].append(device_seconds(callables))
     return {name: rounds[2:] for name, rounds in seconds.items()}
+
+
+def device_seconds(functions: list[Callable]) -> float:
+    """Seconds from the first to the last of what the functions launch, by the device's clock.
+
+    The device sleeps while the host issues the first launches, which would else be timed as well.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP_CYCLES)
+    start.record()
+    for function in functions:
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def commit() -> str:

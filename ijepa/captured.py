@@ -9,6 +9,7 @@ from then on a step copies its inputs into the recorded tensors and replays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -121,12 +122,18 @@ def _on_side_stream(step: Step, images: Tensor, masks: MaskBatch) -> Tensor:
     """As a capture needs it: what warms up on the default stream would tie the graph to it."""
     if not images.is_cuda:
         return step(images, masks)
-    side = torch.cuda.Stream(images.device)
+    side = _side_stream(images.device)
     side.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.stream(side):
         loss = step(images, masks)
     torch.cuda.current_stream(images.device).wait_stream(side)
     return loss
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all warm-ups: what a stream has allocated is only ever used again on that stream."""
+    return torch.cuda.Stream(device)
 
 
 def copied_beside(

@@ -316,7 +316,8 @@ class TrainConfig:
         precision: "fp32", "bf16" (autocast) or "bf16-params" (bfloat16 weights beside float32
             masters that the optimiser keeps and checkpoints write).
         compile: trace and fuse everything between the kernels with torch.compile; "auto" does on a
-            GPU. The first step of each capacity then takes a minute or so.
+            GPU. The first step of each capacity then takes a minute or so. "blocks" traces one
+            transformer block for all of a network, which takes seconds.
         cuda_graph: replay a step as one CUDA graph; a single GPU without accumulation only.
         seed: of initialisation, data order, crops and masks.
         device: "auto", "cpu" or "cuda".
@@ -331,7 +332,7 @@ class TrainConfig:
     batch_size: int = 64
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "blocks", "off"] = "auto"
     cuda_graph: bool = False
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

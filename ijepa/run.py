@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -314,11 +315,11 @@ class Run:
         return draw_mask_examples(images, sampler(len(images), generator=generator))
 
 
-def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the step is to be compiled: on a GPU unless told otherwise."""
+def compiles(recipe: Recipe, device: torch.device) -> bool | Literal["blocks"]:
+    """What of the step is to be compiled: all of it on a GPU unless told otherwise."""
     if recipe.train.compile == "auto":
         return device.type == "cuda"
-    return recipe.train.compile == "on"
+    return "blocks" if recipe.train.compile == "blocks" else recipe.train.compile == "on"
 
 
 def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | None:

@@ -102,7 +102,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the child: write down each test's outcome for the parent."""
+    """In the child: write down each test's outcome for the parent; on a GPU machine: for whoever
+    reads what an interrupted run had reached."""
+    listed = os.environ.get("TEST_REPORT")
+    if listed and (report.when == "call" or report.outcome != "passed"):
+        with open(listed, "a") as file:
+            file.write(f"{report.outcome} {report.nodeid}\n")
     path = os.environ.get(_REPORT_VARIABLE)
     if path and (report.when == "call" or report.outcome != "passed"):
         entry = {

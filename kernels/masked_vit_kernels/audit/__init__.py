@@ -2,6 +2,7 @@
 
 from masked_vit_kernels.audit.budgets import BUDGETS, violations
 from masked_vit_kernels.audit.machine_code import (
+    Instruction,
     Measurement,
     disassemble,
     innermost_loops,
@@ -13,6 +14,7 @@ from masked_vit_kernels.compile import compile_launch
 
 __all__ = [
     "BUDGETS",
+    "Instruction",
     "Measurement",
     "compile_launch",
     "disassemble",

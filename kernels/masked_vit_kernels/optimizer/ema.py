@@ -110,6 +110,7 @@ class _Tables:
 
 _tables: dict[tuple, _Tables] = {}
 _MAX_TABLES = 16
+_read_by_graphs: list[_Tables] = []  # a captured launch reads its tables at every replay
 
 
 def _cached_tables(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> _Tables:
@@ -119,7 +120,11 @@ def _cached_tables(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> _Tab
         if len(_tables) == _MAX_TABLES:
             _tables.pop(next(iter(_tables)))
         _tables[key] = _Tables(targets, sources)
-    return _tables[key]
+    tables = _tables[key]
+    captures = targets[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if captures and tables not in _read_by_graphs:
+        _read_by_graphs.append(tables)
+    return tables
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

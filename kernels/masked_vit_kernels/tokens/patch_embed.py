@@ -386,8 +386,9 @@ def embed_visible_patches(
 
     check_dtype("images", images, IMAGE_DTYPES)
     device_type = images.device.type
-    autocast = torch.amp.is_autocast_available(device_type)
-    autocast = autocast and torch.is_autocast_enabled(device_type)
+    # Asked of a device type without autocast (meta) torch raises, and torch.compile cannot trace
+    # the question whether there is one.
+    autocast = device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
     weight = weight.flatten(1).to(dtype)  # (D, K)
     check_dtype("weight", weight)
