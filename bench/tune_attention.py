@@ -255,7 +255,8 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
                 times[name] = microseconds(backward(step))
     facts = {
         "head_dim": head_dim, "longest": longest, "sequences": packing.num_sequences,
-        "forward_floor_us": 4 * element_bytes / 4.3e6, "backward_floor_us": 8 * element_bytes / 4.3e6,
+        "forward_floor_us": 4 * element_bytes / 4.3e6,
+        "backward_floor_us": 8 * element_bytes / 4.3e6,
     }  # fmt: skip
     return {**facts, "us": times}
 

@@ -121,7 +121,7 @@ def embed_visible_patches(
     pixels = normalize_images(images, mean, std)
     if dtype == torch.float64:
         pixels = pixels.double()
-    patches = extract_patches(pixels, weight.shape[2:])
+    patches = extract_patches(pixels, (weight.shape[2], weight.shape[3]))
     tokens = F.linear(patches, _wide(weight).flatten(1), None if bias is None else _wide(bias))
     if pos_embed is not None:
         tokens = tokens + _wide(pos_embed).reshape(1, -1, weight.shape[0])

@@ -60,14 +60,19 @@ class Kernel:
         """Paths by file name, None before it is compiled."""
         return bundled_files(self.folder, self.key, f"{self.symbol}.json")
 
+    def _read(self, ending: str) -> bytes:
+        if self.files is None:
+            raise RuntimeError(f"{self.symbol} for sm_{self.capability} was not compiled")
+        return Path(self.files[f"{self.symbol}.{ending}"]).read_bytes()
+
     @cached_property
     def metadata(self) -> dict:
         """What Triton says about the launch: num_warps, shared and so on."""
-        return json.loads(Path(self.files[f"{self.symbol}.json"]).read_text())
+        return json.loads(self._read("json"))
 
     @cached_property
     def cubin(self) -> bytes:
-        return Path(self.files[f"{self.symbol}.cubin"]).read_bytes()
+        return self._read("cubin")
 
 
 @dataclass(frozen=True)

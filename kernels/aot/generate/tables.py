@@ -71,7 +71,7 @@ def code_of(key: Key) -> int:
 class _Lists:
     """Lists of C initialisers laid end to end, equal ones once; each is (first, count)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.items: list[str] = []
         self._seen: dict[tuple[str, ...], int] = {}
 
@@ -176,7 +176,9 @@ def _tables(ops: dict[str, list[Entry]], kernels: list[Kernel], offsets: list[in
             f"{offsets[number + 1] - offsets[number]}u, {len(kernel.cubin)}u, {names}, {values}, "
             f"{kernel.metadata['num_warps']}, {kernel.metadata['shared']}}}"
         )
-    launch_rows, case_rows, op_rows = [], [], []
+    launch_rows: list[str] = []
+    case_rows: list[str] = []
+    op_rows: list[str] = []
     for name, entries in ops.items():
         keys = list(entries[0].case.keys)
         first_case = len(case_rows)

@@ -16,12 +16,13 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from masked_vit_kernels.attention.backward import backward_launches
 from masked_vit_kernels.attention.config import MAX_HEAD_DIM, WIDEST_TUNED
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
-from masked_vit_kernels.catalogue.case import UNBOUNDED, Case, meta
+from masked_vit_kernels.catalogue.case import UNBOUNDED, Case, Keys, meta
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.packing import TILE, WIDE_TILE
@@ -76,7 +77,7 @@ def _audited_cases(dtype: torch.dtype, head_dim: int, capability: int) -> Iterat
         )  # fmt: skip
 
 
-def _keys(dtype: torch.dtype, head_dim: int, mapped: bool, longest_q: int, longest_k: int) -> dict:
+def _keys(dtype: torch.dtype, head_dim: int, mapped: bool, longest_q: int, longest_k: int) -> Keys:
     return {
         "dtype": dtype,
         "head_dim": head_dim,
@@ -92,8 +93,9 @@ def _budget(launch: KernelLaunch) -> str:
     Measured over every tuned half-precision kernel: the two-phase ones have up to 24 bytes there,
     none touched in a loop, all others have none.
     """
-    head_dim = launch.arguments["HEAD_DIM"]
-    if launch.arguments["q_ptr"].dtype == torch.float32 or head_dim > WIDEST_TUNED:
+    q = launch.arguments["q_ptr"]
+    assert isinstance(q, Tensor)
+    if q.dtype == torch.float32 or q.shape[2] > WIDEST_TUNED:
         return "reported"
     return "matmul_two_phase" if launch.arguments.get("KIND") == "two_phase" else "matmul"
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from masked_vit_kernels.launch import KernelLaunch
 
 Key = int | str | torch.dtype | None
+Keys = dict[str, Key]
 
 UNBOUNDED = 2**31 - 1  # as a longest sequence
 
@@ -31,7 +32,7 @@ class Case:
     """
 
     op: str
-    keys: dict[str, Key]
+    keys: Keys
     launches: tuple[KernelLaunch, ...]
     budgets: tuple[str, ...]
     fixed: tuple[str, ...] = ()

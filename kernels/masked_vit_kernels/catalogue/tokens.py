@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masked_vit_kernels.catalogue.case import Case, Key, meta
+from masked_vit_kernels.catalogue.case import Case, Keys, meta
 from masked_vit_kernels.catalogue.sizes import (
     ENCODER_WIDTHS,
     GEOMETRIES,
@@ -47,7 +47,7 @@ def token_cases(capability: int) -> Iterator[Case]:
 
 def _one(
     op: str,
-    keys: dict[str, Key],
+    keys: Keys,
     launch: KernelLaunch,
     budget: str,
     core: bool = False,
@@ -84,7 +84,7 @@ def _gather_cases() -> Iterator[Case]:
         yield _one("invert_rows", {"layout": layout}, invert, "reported", layout == PACKED)
         for dtype in ROW_DTYPES:
             for width in ENCODER_WIDTHS:
-                keys = {"dtype": dtype, "width": width, "layout": layout}
+                keys: Keys = {"dtype": dtype, "width": width, "layout": layout}
                 x, out = meta(B, N, width, dtype=dtype), meta(R, width, dtype=dtype)
                 core = _is_core(dtype, width)
                 launch = gather.gather_rows_launch(x, index, out)
@@ -110,7 +110,7 @@ def _sum_cases() -> Iterator[Case]:
                     values, order, meta(num_places + 1, dtype=torch.int64),
                     meta(num_places, width, dtype=dtype),
                 )  # fmt: skip
-                keys = {"dtype": dtype, "width": width, "many": many}
+                keys: Keys = {"dtype": dtype, "width": width, "many": many}
                 # One row is stored for many read: its store may be narrow.
                 budget = "streaming_with_tails" if many else "streaming"
                 yield _one("sum_rows_by_place", keys, launch, budget, _is_core(dtype, width))
@@ -146,7 +146,7 @@ class _Pixels:
         """Rows of a patch start where fewer than 4 bytes can be read at once."""
         return (self.patch & -self.patch) * self.image_dtype.itemsize < 4
 
-    def keys(self, layout: str) -> dict[str, Key]:
+    def keys(self, layout: str) -> Keys:
         return {
             "image_dtype": self.image_dtype, "dtype": self.dtype,
             "image_size": self.size, "patch_size": self.patch, "layout": layout,
@@ -231,7 +231,7 @@ def _position_cases() -> Iterator[Case]:
     for width in ENCODER_WIDTHS:
         for dtype in ROW_DTYPES:
             for layout in (EVERY_TOKEN, DENSE, PACKED):
-                keys = {"dtype": dtype, "width": width, "layout": layout}
+                keys: Keys = {"dtype": dtype, "width": width, "layout": layout}
                 core = dtype == BFLOAT16 and width == 768 and layout == PACKED
                 x, index = meta(R, width, dtype=dtype), _index(layout)
                 for bias_dtype in _with_float32(dtype):
@@ -256,7 +256,7 @@ def _predictor_cases() -> Iterator[Case]:
         in_library = width in PREDICTOR_WIDTHS
         for dtype in ROW_DTYPES:
             x, partial = meta(R, width, dtype=dtype), meta(64, width)
-            keys = {"dtype": dtype, "width": width}
+            keys: Keys = {"dtype": dtype, "width": width}
             core = dtype == BFLOAT16 and width == 384
             for mask_dtype in ROW_DTYPES if dtype == FLOAT32 else _with_float32(dtype):
                 launch = predictor_tokens.assemble_launch(
@@ -282,7 +282,7 @@ def _loss_cases() -> Iterator[Case]:
         for feature_dtype in _with_float32(dtype):
             for width in ENCODER_WIDTHS:
                 for kind in prediction_loss.KINDS:
-                    keys = {
+                    keys: Keys = {
                         "dtype": dtype, "feature_dtype": feature_dtype, "width": width,
                         "kind": kind,
                     }  # fmt: skip
@@ -309,7 +309,7 @@ def _loss_finish_cases(out: Tensor) -> Iterator[Case]:
             launch = prediction_loss.loss_finish_launch(meta(2, num_programs), denominator, 1, out)
             by_block[launch.arguments["BLOCK"]] = num_programs, launch
         for bound, launch in by_block.values():
-            keys: dict[str, Key] = {
+            keys: Keys = {
                 "denominator_dtype": None if denominator is None else denominator.dtype,
                 "max_programs": bound,
             }

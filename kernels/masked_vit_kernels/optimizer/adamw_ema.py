@@ -206,13 +206,14 @@ class AdamWEMA(torch.optim.Optimizer):
             saved = state_dict["state"].get(saved_id)
             if saved is None:
                 continue
-            state = self.state[parameter] = {"step": torch.as_tensor(saved["step"]).clone()}
+            own = self.state[parameter] = {"step": torch.as_tensor(saved["step"]).clone()}
             for name in ("exp_avg", "exp_avg_sq", "master", "ema_master"):
                 if name in saved:
                     like = torch.empty_like(parameter, dtype=torch.float32)
-                    state[name] = like.copy_(saved[name])
-        if UNTRAINED_MASTERS in self.state:
-            self.state[UNTRAINED_MASTERS] = [t.clone() for t in self.state[UNTRAINED_MASTERS]]
+                    own[name] = like.copy_(saved[name])
+        state: dict = self.state  # keys beside the parameters, which torch's annotation denies
+        if UNTRAINED_MASTERS in state:
+            state[UNTRAINED_MASTERS] = [t.clone() for t in state[UNTRAINED_MASTERS]]
         self._plan = None
 
     def upload_hyper_parameters(self) -> None:
@@ -252,21 +253,22 @@ class AdamWEMA(torch.optim.Optimizer):
         if self._plan is None or self._plan.placement != placement:
             if _is_capturing():
                 raise RuntimeError("take one step before capturing a graph of AdamWEMA.step")
-            self._build_plan(placement)
+            self._plan = self._build_plan(placement)
         return self._plan
 
     @torch.no_grad()
-    def _build_plan(self, placement: list[int]) -> None:
+    def _build_plan(self, placement: list[int]) -> Plan:
         parameters = self._parameters()
         slots = self._build_slots()
         steps = [self.state[parameter]["step"] for parameter in parameters]
-        plan = self._plan = Plan(slots, steps, placement)
+        plan = Plan(slots, steps, placement)
         for parameter, step in zip(parameters, plan.step_views, strict=False):
             self.state[parameter]["step"] = step
         self._shards = shard_groups(parameters)
         self._tables = None
         if self.skipped.device != plan.device:
             self._set_status(plan.device, int(self.skip_count))
+        return plan
 
     def _build_slots(self) -> list[Slot]:
         """Trained parameters in the order of the groups, then the untrained EMA pairs."""
@@ -286,10 +288,11 @@ class AdamWEMA(torch.optim.Optimizer):
         """Averages of low-precision targets whose source is not trained, by the target's id."""
         targets = [t for t, _ in self._untrained_pairs() if t.dtype != torch.float32]
         if targets:
-            held = self.state.get(UNTRAINED_MASTERS, [])
+            state: dict = self.state
+            held = state.get(UNTRAINED_MASTERS, [])
             held = held + [target.detach() for target in targets[len(held) :]]
             conformed = [conform(m, t) for m, t in zip(held, targets, strict=True)]
-            self.state[UNTRAINED_MASTERS] = conformed
+            state[UNTRAINED_MASTERS] = conformed
             return {id(t): m for t, m in zip(targets, conformed, strict=True)}
         return {}
 
@@ -299,10 +302,13 @@ class AdamWEMA(torch.optim.Optimizer):
         self.skip_count = torch.tensor(skip_count, dtype=torch.int64, device=device)
 
     def _group_values(self) -> list[GroupValues]:
-        return [
-            GroupValues(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-            for group in self.param_groups
-        ]
+        values = []
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            values.append(
+                GroupValues(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+            )
+        return values
 
     def _agrees_with_ranks(self) -> bool:
         return bool(self._shards) or self.process_group is not None

@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def step_on_cpu(
     for group, members in left.items():
         _several_passes(
             [slots[i] for i in members],
-            [gradients[i] for i in members],
+            _present(gradients[i] for i in members),
             [steps[i] for i in members],
             groups[group],
             clip,
@@ -97,12 +98,12 @@ def _coefficients(group: GroupValues, step: float, clip: float, momentum: float)
 def _operands(slot: Slot, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (
         slot.master,
-        slot.source.flat if slot.has_shadow else None,
+        slot.shadow,
         gradient,
         slot.exp_avg,
         slot.exp_avg_sq,
         slot.target_master,
-        slot.target.flat if slot.target_has_shadow else None,
+        slot.target_shadow,
     )
 
 
@@ -156,14 +157,15 @@ def _several_passes(
     clip: float,
     momentum: float,
 ) -> None:
+    masters = _present(slot.master for slot in slots)
     gradients = [gradient.float() for gradient in gradients]
     if clip != 1.0:
-        gradients = torch._foreach_mul(gradients, clip)
+        gradients = list(torch._foreach_mul(gradients, clip))
     adamw(
-        [slot.master for slot in slots],
+        masters,
         gradients,
-        [slot.exp_avg for slot in slots],
-        [slot.exp_avg_sq for slot in slots],
+        _present(slot.exp_avg for slot in slots),
+        _present(slot.exp_avg_sq for slot in slots),
         [],
         steps,
         fused=True,
@@ -175,9 +177,7 @@ def _several_passes(
         eps=group.eps,
         maximize=False,
     )
-    shadowed = [slot for slot in slots if slot.has_shadow]
-    if shadowed:
-        torch._foreach_copy_([s.source.flat for s in shadowed], [s.master for s in shadowed])
+    _round(masters, [slot.shadow for slot in slots])
     _average(slots, momentum)
 
 
@@ -187,7 +187,18 @@ def _average(slots: list[Slot], momentum: float) -> None:
     if not slots:
         return
     masters = [s.source.flat.float() if s.master is None else s.master for s in slots]
-    torch._foreach_lerp_([slot.target_master for slot in slots], masters, 1.0 - momentum)
-    shadowed = [slot for slot in slots if slot.target_has_shadow]
-    if shadowed:
-        torch._foreach_copy_([s.target.flat for s in shadowed], [s.target_master for s in shadowed])
+    averages = _present(slot.target_master for slot in slots)
+    torch._foreach_lerp_(averages, masters, 1.0 - momentum)
+    _round(averages, [slot.target_shadow for slot in slots])
+
+
+def _round(values: list[Tensor], shadows: list[Tensor | None]) -> None:
+    """Copy each value into its rounded copy, where it has one."""
+    pairs = [(s, v) for s, v in zip(shadows, values, strict=True) if s is not None]
+    if pairs:
+        torch._foreach_copy_([s for s, _ in pairs], [v for _, v in pairs])
+
+
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """The tensors of slots that all have one, which a slot's type does not say."""
+    return cast(list[Tensor], list(tensors))

@@ -189,12 +189,12 @@ def _update_on_device(pairs: list[tuple[Tensor, Tensor]], momentum: float | Tens
         like = target if is_dense(target) else torch.empty_like(target)
         views = FlatView(target, like), FlatView(source, like)
         by_dtype.setdefault(source.dtype, []).append(views)
-    for source_dtype, views in by_dtype.items():
-        for target, source in views:
-            target.load()
-            source.load()
-        tables = _cached_tables([t.flat for t, _ in views], [s.flat for _, s in views])
+    for source_dtype, members in by_dtype.items():
+        for views in members:
+            for view in views:
+                view.load()
+        tables = _cached_tables([t.flat for t, _ in members], [s.flat for _, s in members])
         ema_launch(tables.tiles, tables.table, momentum, source_dtype).run()
-        for target, _ in views:
-            target.store()
+        for target_view, _ in members:
+            target_view.store()
     increment_version([target for target, _ in pairs])

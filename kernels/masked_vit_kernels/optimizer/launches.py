@@ -264,11 +264,11 @@ def _pointer_table(slots: Sequence[Slot]) -> Tensor:
     for index, slot in enumerate(slots):
         columns = (
             slot.master,
-            slot.source.flat if slot.has_shadow else None,
+            slot.shadow,
             slot.exp_avg,
             slot.exp_avg_sq,
             slot.target_master,
-            slot.target.flat if slot.target_has_shadow else None,
+            slot.target_shadow,
         )
         table[index, :7] = torch.tensor([*addresses(columns), slot.numel])
     return table

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard_groups(parameters: Sequence[Tensor]) -> list[dist.ProcessGroup]:
@@ -19,15 +20,14 @@ def shard_groups(parameters: Sequence[Tensor]) -> list[dist.ProcessGroup]:
     if len(found) > 1:
         raise ValueError("all parameters must be sharded over the same mesh dimensions, or none")
     mesh, dimensions = found.pop() if found else (None, ())
-    return [mesh.get_group(dimension) for dimension in dimensions]
+    return [] if mesh is None else [mesh.get_group(dimension) for dimension in dimensions]
 
 
-def _sharding(parameter: Tensor):
+def _sharding(parameter: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
+    """The mesh of a DTensor and the dimensions it is sharded over; (None, ()) for a tensor."""
     mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
-        return None, ()
-    dimensions = [d for d, place in enumerate(parameter.placements) if place.is_shard()]
-    return mesh, tuple(dimensions)
+    placements = getattr(parameter, "placements", ())
+    return mesh, tuple(d for d, place in enumerate(placements) if place.is_shard())
 
 
 def agree(

@@ -66,13 +66,16 @@ class Slot:
         return self.source.flat.numel()
 
     @property
-    def has_shadow(self) -> bool:
-        """The parameter is a rounded copy of a float32 master."""
-        return self.source.flat.dtype != torch.float32
+    def shadow(self) -> Tensor | None:
+        """(numel,) the parameter where it is the rounded copy of a float32 master."""
+        return None if self.source.flat.dtype == torch.float32 else self.source.flat
 
     @property
-    def target_has_shadow(self) -> bool:
-        return self.target is not None and self.target.flat.dtype != torch.float32
+    def target_shadow(self) -> Tensor | None:
+        """(numel,) the target where it is the rounded copy of a float32 average."""
+        if self.target is None or self.target.flat.dtype == torch.float32:
+            return None
+        return self.target.flat
 
     def gradient(self) -> Tensor | None:
         """(numel,) this step's gradient in the layout of the moments, None where there is none."""

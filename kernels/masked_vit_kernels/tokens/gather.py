@@ -37,7 +37,8 @@ from masked_vit_kernels.tokens.sum_by_place import sum_rows_by_place
 
 def _inverse_map(index: RowIndex, batch: int, num_tokens: int) -> Tensor:
     """(B * N,) int32: the row at each place that has one, anything elsewhere."""
-    places = torch.empty(batch * num_tokens, dtype=torch.int32, device=index.indices.device)
+    device = index.given_ids.device
+    places = torch.empty(batch * num_tokens, dtype=torch.int32, device=device)
     invert_rows_launch(index, num_tokens, places).run()
     return places
 
@@ -245,7 +246,10 @@ def scatter_tokens(
         raise ValueError(f"x must have shape (B, K, D), (capacity, D) or (K, D), got {x.shape}")
     check_shape("indices", indices, x.shape[:-1], f"{tuple(x.shape[:-1])}")
     flat = x.ndim == 2 and packing is None
-    batch = x.shape[0] if x.ndim == 3 else 1 if flat else packing.num_sequences
+    if x.ndim == 3:
+        batch = x.shape[0]
+    else:
+        batch = 1 if packing is None else packing.num_sequences
     index = row_index(indices[None] if flat else indices, packing, batch)
     shape = (batch, num_tokens, x.shape[-1])
     if fill.ndim not in (1, 2, 3) or tuple(fill.shape) != shape[-fill.ndim :]:

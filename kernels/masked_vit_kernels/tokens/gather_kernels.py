@@ -225,7 +225,7 @@ def gather_rows_launch(x: Tensor, index: RowIndex, out: Tensor) -> KernelLaunch:
 
 def invert_rows_launch(index: RowIndex, num_tokens: int, place_to_row: Tensor) -> KernelLaunch:
     """Write r at the place of each row r of the map (B * N,) int32; leave the rest as it is."""
-    num_rows = index.indices.shape[0]
+    num_rows = index.given_ids.shape[0]
     block_rows = 256
     return KernelLaunch(
         kernel=_invert_rows_kernel,
@@ -284,7 +284,7 @@ def fill_gradient_launch(
             "grad_ptr": grad,
             "place_to_row_ptr": place_to_row,
             "partial_ptr": partial,
-            "num_rows": index.indices.shape[0],
+            "num_rows": index.given_ids.shape[0],
             "num_places": num_places,
             "num_inner": num_inner,
             "outer_per_chunk": triton.cdiv(triton.cdiv(num_places, num_inner), chunks),

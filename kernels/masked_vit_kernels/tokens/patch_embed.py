@@ -376,7 +376,7 @@ def embed_visible_patches(
             f"pos_embed must have shape ({num_tokens}, {width}), got {tuple(pos_embed.shape)}"
         )
     if indices is None:
-        index, shape = RowIndex(None, None, num_tokens, 1), (batch, num_tokens)
+        index, shape = RowIndex(None, None, num_tokens, 1), torch.Size((batch, num_tokens))
     else:
         index, shape = row_index(indices, packing, batch), indices.shape
     if not runs_kernels(images.device):

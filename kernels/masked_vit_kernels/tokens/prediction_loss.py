@@ -279,9 +279,10 @@ def prediction_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (2,) loss and 1 / denominator, mean (Tt,) and rstd (Tt,) of the target rows; float32."""
     num_rows, width = predictions.shape
-    wide = {"dtype": torch.float32, "device": predictions.device}
-    out, mean, rstd = (torch.empty(n, **wide) for n in (2, num_rows, num_rows))
-    partial = torch.empty(2, loss_programs(num_rows), **wide)
+    out, mean, rstd = (
+        predictions.new_empty(n, dtype=torch.float32) for n in (2, num_rows, num_rows)
+    )
+    partial = predictions.new_empty(2, loss_programs(num_rows), dtype=torch.float32)
     loss_forward_launch(
         with_unit_columns(predictions), with_unit_columns(features), target_rows.contiguous(),
         mean, rstd, partial, kind,
@@ -292,9 +293,8 @@ def prediction_loss(
 
 @prediction_loss.register_fake
 def _(predictions, features, target_rows, denominator, kind):
-    wide = {"dtype": torch.float32, "device": predictions.device}
     num_rows = predictions.shape[0]
-    return torch.empty(2, **wide), torch.empty(num_rows, **wide), torch.empty(num_rows, **wide)
+    return tuple(predictions.new_empty(n, dtype=torch.float32) for n in (2, num_rows, num_rows))
 
 
 @torch.library.custom_op("masked_vit_kernels::prediction_loss_backward", mutates_args=())

@@ -58,6 +58,13 @@ class RowIndex(NamedTuple):
     rows_per_image: int
     sequences_per_image: int
 
+    @property
+    def given_ids(self) -> Tensor:
+        """(R,) the indices, of an index that has some."""
+        if self.indices is None:
+            raise ValueError("indices must be given here, got the index of every token")
+        return self.indices
+
     def arguments(self, num_tokens: int) -> dict[str, object]:
         """The kernel parameters that `locate_rows` takes, by their usual names."""
         return {
