@@ -34,8 +34,9 @@ import triton
 from bench_attention import BACKWARD_ROWS, FORWARD_ROWS, G16, HEADS, L14, PARTS
 from machine_flow import exposed_waits, working_code
 from masked_vit_kernels import audit, pack_lengths
-from masked_vit_kernels.attention_backward import backward_launches
-from masked_vit_kernels.attention_forward import forward_launch
+from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.launch import KernelLaunch
 from shapes import SHAPES, Shape
 from timing import commit
@@ -155,17 +156,18 @@ def launches(lengths: list[int], heads: int, head_dim: int) -> dict[str, list[Ke
     """The real launches for these sequences, built on the meta device."""
     packing = pack_lengths(lengths).to("meta")
     total, longest, scale = packing.capacity, packing.max_seqlen, head_dim**-0.5
-    qkv, dqkv = (_meta(total, 3, heads, head_dim).unbind(1) for _ in range(2))
+    q, k, v = _meta(total, 3, heads, head_dim).unbind(1)
+    dq, dk, dv = _meta(total, 3, heads, head_dim).unbind(1)
     out, dout = _meta(total, heads, head_dim), _meta(total, heads, head_dim)
     lse = _meta(heads, total, dtype=torch.float32)
-    bounds, maps = (packing.cu_seqlens, packing.cu_seqlens), (packing.tile_map, packing.tile_map)
+    side = Sequences.of(packing.cu_seqlens, longest, packing)
     forward = forward_launch(
-        *qkv, out, lse, *bounds, packing.tile_map, packing.wide_tile_map, longest, longest, scale,
+        q=q, k=k, v=v, out=out, lse=lse, queries=side, keys=side, softmax_scale=scale,
         capability=90,
     )  # fmt: skip
     backward = backward_launches(
-        *qkv, out, dout, lse, lse, *dqkv, *bounds, packing.sequence_order, *maps,
-        packing.wide_tile_map, longest, longest, scale, capability=90,
+        q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=lse, dq=dq, dk=dk, dv=dv,
+        queries=side, keys=side, softmax_scale=scale, capability=90,
     )  # fmt: skip
     return {"forward": [forward], "backward": backward}
 

@@ -21,8 +21,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from masked_vit_kernels import AdamWEMA, adamw_ema_cpu
-from masked_vit_kernels.adamw_ema_slots import GroupValues
+from masked_vit_kernels import AdamWEMA
+from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
+from masked_vit_kernels.optimizer.slots import GroupValues
 from timing import copy_bandwidth, device_seconds, save_table
 from torch import Tensor, nn
 

@@ -16,10 +16,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
+
 HERE = Path(__file__).parent
 PREDICTIONS = HERE / "results" / "predictions-sm90.json"
 H200_COPY = 4300  # GB/s, read plus write: what the goals in milliseconds were set against
-HEAD_DIMS = {24, 32, 64, 80, 88}
 RELEASED_LOSS = "layer_norm, index, smooth_l1"
 MFU_TARGETS = {"H/14": 0.60, "L/16": 0.55, "B/16": 0.50}
 
@@ -151,7 +152,7 @@ def predicted_share(predictions: list[dict]) -> str:
 def attention_goals(results: Results, predictions: Results) -> list[Goal]:
     """Goals 1 to 6."""
     tables, expected = AttentionTables.of(results), AttentionTables.of(predictions)
-    lacking = HEAD_DIMS - {table["head_dim"] for table in tables.forward}
+    lacking = set(HEAD_DIMS) - {table["head_dim"] for table in tables.forward}
     note = f", without D={sorted(lacking)}" if tables.forward and lacking else ""
     return [
         judged(1, f"attention forward, N<=256, all head dims{note}", "60 % of the floor",

@@ -21,18 +21,19 @@ from pathlib import Path
 import torch
 from bench_attention import CASES, HEADS, _packing
 from masked_vit_kernels import pack_lengths
-from masked_vit_kernels.attention_backward import backward_launches, backward_scratch
-from masked_vit_kernels.attention_common import (
+from masked_vit_kernels.attention.backward import backward_launches, backward_scratch
+from masked_vit_kernels.attention.config import (
     NO_LIMIT,
     AttentionConfig,
     BackwardStep,
     backward_plan,
     forward_config,
 )
-from masked_vit_kernels.attention_forward import forward_launch
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from timing import _capture, rounds_of
 
-HEAD_DIMS = (24, 32, 64, 80, 88)
 LENGTHS = (129, 197, 0, 256, 16, 65, 1, 128, 64, 63, 150, 200)  # of the check
 FORWARD = (
     (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3, 128), (64, 128, 4, 1),
@@ -88,21 +89,23 @@ def check(head_dim: int, kind: str, tile: tuple) -> dict:
     out = torch.full_like(dout, float("nan"))
     lse = torch.full((heads, packing.capacity), float("nan"), device="cuda")
     gradient = torch.full_like(qkv, float("nan"))
-    bounds, longest = (packing.cu_seqlens,) * 2, (max(lengths),) * 2
-    maps = packing.tile_map, packing.wide_tile_map
+    side = Sequences.of(packing.cu_seqlens, max(lengths), packing)
+    given = {
+        "q": q, "k": k, "v": v, "out": out, "lse": lse, "queries": side, "keys": side,
+        "softmax_scale": scale,
+    }  # fmt: skip
     config = AttentionConfig(*tile) if kind == "forward" else None
-    forward = forward_launch(q, k, v, out, lse, *bounds, *maps, *longest, scale, config=config)
-    forward.run()
+    forward_launch(**given, config=config).run()
     found = {"out": (out[:total], wanted[0])}
     if kind != "forward":
         steps = [BackwardStep(kind, AttentionConfig(*tile))]
         if kind == "flash_keys":  # delta comes from the queries' launch
             steps.insert(0, BackwardStep("flash_queries", AttentionConfig(64, 64, 4, 2)))
         gradients = gradient.unbind(1)
+        dq, dk, dv = gradients
         for launch in backward_launches(
-            q, k, v, out, dout, lse, backward_scratch(q), *gradients, *bounds,
-            packing.sequence_order, packing.tile_map, *maps, *longest, scale, plan=tuple(steps),
-        ):  # fmt: skip
+            **given, dout=dout, delta=backward_scratch(q), dq=dq, dk=dk, dv=dv, plan=tuple(steps)
+        ):
             launch.run()
         written = {"flash_queries": ("dq",), "flash_keys": ("dk", "dv")}
         for name, values, right in zip(("dq", "dk", "dv"), gradients, wanted[1:], strict=True):
@@ -182,7 +185,7 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
     head_dim, scale = width // heads, (width // heads) ** -0.5
     packing = _packing(shape, part).to("cuda")
     longest, total = packing.max_seqlen, packing.capacity
-    bounds, maps = (packing.cu_seqlens,) * 2, (packing.tile_map, packing.wide_tile_map)
+    side = Sequences.of(packing.cu_seqlens, longest, packing)
     element_bytes = 2 * total * heads * head_dim
     sets = []
     for _ in range(max(2, min(6, -(-(128 << 20) // (8 * element_bytes))))):
@@ -191,30 +194,28 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
             torch.randn(total, heads, head_dim, device="cuda").bfloat16() for _ in range(2)
         )
         lse = torch.empty(heads, total, device="cuda")
-        sets.append((qkv.unbind(1), out, dout, lse, torch.empty_like(qkv).unbind(1)))
-        forward_launch(*qkv.unbind(1), out, lse, *bounds, *maps, longest, longest, scale).run()
-    delta = backward_scratch(sets[0][0][0])
+        q, k, v = qkv.unbind(1)
+        dq, dk, dv = torch.empty_like(qkv).unbind(1)
+        given = {
+            "q": q, "k": k, "v": v, "out": out, "lse": lse, "queries": side, "keys": side,
+            "softmax_scale": scale,
+        }  # fmt: skip
+        sets.append((given, {"dout": dout, "dq": dq, "dk": dk, "dv": dv}))
+        forward_launch(**given).run()
+    delta = backward_scratch(q)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
 
     def forward(config):
-        return [
-            forward_launch(
-                *s[0], s[1], s[3], *bounds, *maps, longest, longest, scale, config=config
-            ).run
-            for s in sets
-        ]
+        return [forward_launch(**given, config=config).run for given, _ in sets]
 
     def backward(step: BackwardStep):
         runs = []
-        for s in sets:
+        for given, gradients in sets:
             runs += [
                 launch.run
-                for launch in backward_launches(
-                    *s[0], s[1], s[2], s[3], delta, *s[4], *bounds, packing.sequence_order,
-                    packing.tile_map, *maps, longest, longest, scale, plan=(step,),
-                )
-            ]  # fmt: skip
+                for launch in backward_launches(**given, **gradients, delta=delta, plan=(step,))
+            ]
         return runs
 
     def microseconds(functions) -> float:
@@ -254,7 +255,8 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
                 times[name] = microseconds(backward(step))
     facts = {
         "head_dim": head_dim, "longest": longest, "sequences": packing.num_sequences,
-        "forward_floor_us": 4 * element_bytes / 4.3e6, "backward_floor_us": 8 * element_bytes / 4.3e6,
+        "forward_floor_us": 4 * element_bytes / 4.3e6,
+        "backward_floor_us": 8 * element_bytes / 4.3e6,
     }  # fmt: skip
     return {**facts, "us": times}
 

@@ -10,7 +10,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import masked_vit_kernels
 import torch
 from masked_vit_kernels.cpu_linear import ONEDNN_DTYPES
 from rich.console import Console
@@ -33,7 +32,6 @@ _OPS = (
     "ema_update_",
     "AdamWEMA",
 )
-_PLAIN_MODULES = ("masked_vit_kernels.cpu", "masked_vit_kernels.reference")
 
 
 def run_doctor(console: Console) -> None:
@@ -84,15 +82,7 @@ def installed_versions() -> dict[str, str]:
 
 def op_table() -> list[tuple[str, str, str]]:
     """(op, where it runs on CPU tensors, where on CUDA tensors)."""
-    rows = []
-    for name in _OPS:
-        op = getattr(masked_vit_kernels, name, None)
-        if op is None:
-            rows.append((name, "not in this build", "not in this build"))
-        elif op.__module__ in _PLAIN_MODULES:
-            rows.append((name, "plain PyTorch", "plain PyTorch, no kernel"))
-        else:
-            rows.append((name, "plain PyTorch", "Triton kernel"))
+    rows = [(name, "plain PyTorch", "Triton kernel") for name in _OPS]
     onednn = sorted(str(dtype).removeprefix("torch.") for dtype in ONEDNN_DTYPES)
     products = f"oneDNN for {', '.join(onednn)}" if onednn else "plain PyTorch"
     return [*rows, ("linear", products, "plain PyTorch, no kernel")]

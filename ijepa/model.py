@@ -10,7 +10,7 @@ import copy
 
 import torch
 from masked_vit_kernels import assemble_predictor_tokens, gather_tokens, latent_prediction_loss
-from masked_vit_kernels.reference import extract_patches, normalize_images
+from masked_vit_kernels.pixels import extract_patches, normalize_images
 from torch import Tensor, nn
 
 from ijepa.config import ModelConfig

@@ -11,8 +11,9 @@ from itertools import pairwise
 
 import torch
 from masked_vit_kernels import reference
-from masked_vit_kernels.attention_backward import backward_launches
-from masked_vit_kernels.attention_forward import forward_launch
+from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.packing import pack_lengths
 from op_checks import assert_accurate, poison_tail, poisoned
 from torch import Tensor
@@ -102,19 +103,18 @@ def check_attention(case: AttentionProblem, *, config=None, plan=None) -> dict[s
     }
     buffers["lse"] = poisoned(case.heads, rows_q, device=case.device)
     delta = poisoned(case.heads, rows_q, device=case.device)
-    maps_q = (packing_q.tile_map, packing_q.wide_tile_map) if case.maps else (None, None)
-    maps_k = (packing_k.tile_map, packing_k.wide_tile_map) if case.maps else (None, None)
-    order = packing_k.sequence_order if case.maps else None
-    bounds = packing_q.cu_seqlens, packing_k.cu_seqlens
-    longest = packing_q.max_seqlen, packing_k.max_seqlen
-    forward_launch(
-        q, k, v, buffers["out"].tensor, buffers["lse"].tensor, *bounds, *maps_q, *longest, scale,
-        config=config,
-    ).run()  # fmt: skip
+    queries, keys = (
+        Sequences.of(packing.cu_seqlens, packing.max_seqlen, packing if case.maps else None)
+        for packing in (packing_q, packing_k)
+    )
+    given = {
+        "q": q, "k": k, "v": v, "out": buffers["out"].tensor, "lse": buffers["lse"].tensor,
+        "queries": queries, "keys": keys, "softmax_scale": scale,
+    }  # fmt: skip
+    forward_launch(**given, config=config).run()
     for launch in backward_launches(
-        q, k, v, buffers["out"].tensor, dout, buffers["lse"].tensor, delta.tensor,
-        buffers["dq"].tensor, buffers["dk"].tensor, buffers["dv"].tensor, *bounds, order,
-        maps_q[0], *maps_k, *longest, scale, plan=plan,
+        **given, dout=dout, delta=delta.tensor, dq=buffers["dq"].tensor, dk=buffers["dk"].tensor,
+        dv=buffers["dv"].tensor, plan=plan,
     ):  # fmt: skip
         launch.run()
     results = {name: buffer.check() for name, buffer in buffers.items()}

@@ -21,7 +21,7 @@ import masked_vit_kernels
 class Mutation:
     """Replace `old`, which must occur exactly once in the file, by `new`; `check` must then fail.
 
-    `check(modules)` takes a mapping that imports on access: modules["masked_vit_kernels.gather"].
+    `check(modules)` takes a mapping that imports on access: modules["masked_vit_kernels.packing"].
     """
 
     name: str

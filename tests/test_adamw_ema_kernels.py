@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
-from masked_vit_kernels import AdamWEMA, adamw_ema, adamw_ema_launch, audit, reference
-from masked_vit_kernels.adamw_ema_launch import NOT_UPLOADED, DeviceTables
-from masked_vit_kernels.multi_tensor import TILE, tile_map
+from masked_vit_kernels import AdamWEMA, audit, reference
+from masked_vit_kernels.catalogue.optimizer import optimizer_cases
+from masked_vit_kernels.compile import compile_launch
+from masked_vit_kernels.optimizer import adamw_ema
+from masked_vit_kernels.optimizer.launches import NOT_UPLOADED, DeviceTables
+from masked_vit_kernels.optimizer.multi_tensor import TILE, tile_map
 from torch import nn
 
 SHAPES = [(), (3,), (0, 4), (33, 37), (TILE + 5,)]
@@ -18,7 +21,7 @@ LR, DECAY, MOMENTUM = 3e-3, 0.1, 0.99
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
     """CPU tensors take the launches that CUDA tensors take."""
-    monkeypatch.setattr(adamw_ema, "_runs_kernels", lambda device: True)
+    monkeypatch.setattr(adamw_ema, "runs_kernels", lambda device: True)
 
 
 class Problem:
@@ -257,9 +260,9 @@ def test_three_launches_and_no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
     names = [event.name for event in profile.events()]
     assert [name for name in names if name.endswith("_kernel")] == [
-        "_gradient_norm_kernel",
-        "_decide_kernel",
-        "_update_kernel",
+        "gradient_norm_kernel",
+        "decide_kernel",
+        "update_kernel",
     ]
 
 
@@ -304,19 +307,20 @@ def test_a_parameter_over_2_to_31_elements_on_a_gpu():
 
 
 @pytest.mark.audit
-@pytest.mark.parametrize("name", ["bfloat16", "float32"])
-def test_full_tiles_are_read_and_written_16_bytes_at_a_time(name):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_full_tiles_are_read_and_written_16_bytes_at_a_time(dtype):
     """Of p, m, v and the target each, one float32 load and one store of 16 bytes a trip; bfloat16
     gradients and weights go 8 bytes at a time, and nothing passes through the stack."""
-    cases = {case.name: case.launch for case in adamw_ema_launch.audit_cases(90)}
-    compiled = audit.compile_launch(cases[f"adamw_ema update {name}"], 90)
+    keys = {"dtype": dtype, "gradient_dtype": dtype}
+    (case,) = [c for c in optimizer_cases() if (c.op, c.keys) == ("adamw_ema_update", keys)]
+    compiled = compile_launch(*case.launches, 90)
     code = audit.disassemble(compiled.asm["cubin"])
     opcodes = [opcode for _, opcode, _ in audit.parse_instructions(code)]
 
     def count(prefix: str, width: str) -> int:
         return sum(opcode.startswith(prefix) and width in opcode for opcode in opcodes)
 
-    if name == "float32":  # the gradient too
+    if dtype == torch.float32:  # the gradient too
         assert (count("LDG", ".128"), count("STG", ".128")) == (5, 4)
     else:
         assert (count("LDG", ".128"), count("STG", ".128")) == (4, 4)

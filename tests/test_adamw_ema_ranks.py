@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from masked_vit_kernels import AdamWEMA
-from masked_vit_kernels.adamw_ema_ranks import agree, shard_groups
+from masked_vit_kernels.optimizer.ranks import agree, shard_groups
 from torch import nn
 
 SHAPES = [(6, 4), (5,), (1, 3)]  # over two ranks: even, uneven, and empty on the second

@@ -11,14 +11,16 @@ import pytest
 import torch
 from attention_checks import LENGTHS, AttentionProblem, check_attention, problem
 from masked_vit_kernels import (
-    attention,
     pack_lengths,
     packing_from_cu_seqlens,
     varlen_attention,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
-from masked_vit_kernels.attention_common import backward_plan, readable
+from masked_vit_kernels.attention import varlen as attention
+from masked_vit_kernels.attention.config import backward_plan
+from masked_vit_kernels.attention.tiles import readable
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 from masked_vit_kernels.launch import KernelLaunch, table_capability
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +39,7 @@ def test_lengths_against_float64(head_dim, longest, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_a_thousand_tokens_and_many_sequences(head_dim, dtype):
     torch.manual_seed(head_dim)
     check_attention(AttentionProblem(head_dim, (1024, 1), (1000, 7), dtype, device="cuda"))
@@ -151,14 +153,17 @@ def test_launches_of_a_backward(monkeypatch, lengths, expected):
 @pytest.mark.gpu
 def test_the_running_kernel_is_the_audited_one():
     """Registers, stack and shared memory of what runs are those the compile audit measured."""
-    from masked_vit_kernels.attention_forward import forward_launch
-    from masked_vit_kernels.audit import compile_launch
+    from masked_vit_kernels.attention.forward import forward_launch
+    from masked_vit_kernels.attention.sequences import Sequences
+    from masked_vit_kernels.compile import compile_launch
 
     packing, qkv = _qkv([100, 90], head_dim=80, heads=16)
     q, k, v = qkv.detach().unbind(1)
     out, lse = torch.empty_like(q), torch.empty(16, q.shape[0], device="cuda")
-    maps = (packing.cu_seqlens, packing.cu_seqlens, packing.tile_map, packing.wide_tile_map)
-    launch = forward_launch(q, k, v, out, lse, *maps, 100, 100, 80**-0.5)
+    both = Sequences.of(packing.cu_seqlens, 100, packing)
+    launch = forward_launch(
+        q=q, k=k, v=v, out=out, lse=lse, queries=both, keys=both, softmax_scale=80**-0.5
+    )
     running = launch.kernel[launch.grid](**launch.arguments, **launch.options)
     major, minor = torch.cuda.get_device_capability()
     assert running.asm["cubin"] == compile_launch(launch, major * 10 + minor).asm["cubin"]

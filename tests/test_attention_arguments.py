@@ -8,7 +8,7 @@ from masked_vit_kernels import (
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
-from masked_vit_kernels.attention_checks import Side, check_attention, reads_values
+from masked_vit_kernels.attention.arguments import Side, check_attention, reads_values
 
 LENGTHS = [5, 0, 12]
 BOUNDS = [0, 5, 5, 17]
@@ -67,7 +67,7 @@ def test_a_gpu_is_looked_at_on_request(monkeypatch):
         is_cpu, is_cuda = False, True
 
     on_gpu = torch.tensor(BOUNDS).as_subclass(OnGpu)
-    monkeypatch.setattr("masked_vit_kernels.attention_checks.Tensor", OnGpu)
+    monkeypatch.setattr("masked_vit_kernels.attention.arguments.Tensor", OnGpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     side = Side("k", 17, on_gpu, 11, None)
     monkeypatch.delenv("MASKED_VIT_KERNELS_CHECK", raising=False)

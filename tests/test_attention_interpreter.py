@@ -3,13 +3,22 @@
 import pytest
 import torch
 from attention_checks import LENGTHS, AttentionProblem, check_attention, problem
-from masked_vit_kernels import attention, pack_lengths, reference
-from masked_vit_kernels.attention_common import AttentionConfig, backward_plan, head_dim_pieces
+from masked_vit_kernels import (
+    pack_lengths,
+    reference,
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
+from masked_vit_kernels.attention import varlen as attention
+from masked_vit_kernels.attention.config import AttentionConfig, backward_plan
+from masked_vit_kernels.attention.tiles import head_dim_pieces
+from masked_vit_kernels.catalogue.attention import launches_of
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS as TUNED
 
 pytestmark = pytest.mark.interpreter
 
 HEAD_DIMS = tuple(range(8, 129, 8))
-TUNED = (24, 32, 64, 80, 88)
 LAYOUTS = ("separate", "qkv", "kv", "transposed", "narrowed")
 
 
@@ -55,7 +64,9 @@ def test_scores_far_below_zero_give_no_nan():
     v = torch.randn(5, 1, 16, requires_grad=True)
     packing = pack_lengths([5])
     bounds = packing.cu_seqlens, packing.cu_seqlens
-    out = attention.triton_attention((q, k, v), *bounds, 5, 5, packing, packing, 1.0)
+    out = varlen_attention(
+        q, k, v, *bounds, 5, 5, packing_q=packing, packing_k=packing, softmax_scale=1.0
+    )
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert gradient.isfinite().all()
 
@@ -77,14 +88,19 @@ def test_op_gives_one_gradient_buffer(packed):
         *exact.unbind(1), packing.cu_seqlens, packing.cu_seqlens
     )
     expected.sum().backward()
+    sides = {"packing_q": packing, "packing_k": packing, "return_lse": True}
+    bounds = (packing.cu_seqlens, packing.cu_seqlens, 17, 17)
     if packed == "qkv":
         inputs = (qkv.requires_grad_(),)
+        out, lse = varlen_attention_qkvpacked(
+            *inputs, packing.cu_seqlens, 17, packing=packing, return_lse=True
+        )
     elif packed == "q, kv":
         inputs = (qkv[:, 0].clone().requires_grad_(), qkv[:, 1:].clone().requires_grad_())
+        out, lse = varlen_attention_kvpacked(*inputs, *bounds, **sides)
     else:
         inputs = tuple(part.clone().requires_grad_() for part in qkv.unbind(1))
-    bounds = (packing.cu_seqlens, packing.cu_seqlens, 17, 17, packing, packing)
-    out, lse = attention.triton_attention(inputs, *bounds, return_lse=True)
+        out, lse = varlen_attention(*inputs, *bounds, **sides)
     assert not lse.requires_grad
     out.sum().backward()
     gradient = torch.cat([x.grad.reshape(40, -1, 2, 24) for x in inputs], dim=1)
@@ -120,8 +136,7 @@ def test_compiles_without_graph_breaks_and_casts_under_autocast():
     qkv = torch.randn(40, 3, 2, 24, requires_grad=True)
 
     def attend(x):
-        bounds = (packing.cu_seqlens, packing.cu_seqlens, 17, 17, packing, packing)
-        return attention.triton_attention((x,), *bounds)
+        return varlen_attention_qkvpacked(x, packing.cu_seqlens, 17, packing=packing)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     expected, found = attend(qkv), compiled(qkv)
@@ -181,13 +196,12 @@ def test_other_forward_tiles(config):
 def test_with_and_without_maps_the_tiles_are_the_same(head_dim, dtype, capability):
     """A map of another tile height than the kernel's would make two programs do the same rows."""
     for longest in (64, 128, 256, 1000):
-        launches = list(attention._audit_length(dtype, head_dim, longest, capability))
-        for case in launches:
-            arguments = case.launch.arguments
+        for launch in launches_of(dtype, head_dim, longest, capability):
+            arguments = launch.arguments
             kind = arguments.get("KIND", "forward")
             entries = arguments.get("tile_map_ptr", arguments.get("order_ptr"))
             if kind in ("forward", "flash_queries", "flash_keys"):
                 rows = arguments["BLOCK_K" if kind == "flash_keys" else "BLOCK_Q"]
-                assert entries.shape == (16384 // rows + 128, 2), case.name
+                assert entries.shape == (1024 // rows + 32, 2), kind
             else:
-                assert entries.shape == (128,), case.name
+                assert entries.shape == (32,), kind

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 import triton
-from masked_vit_kernels import bundle
-from masked_vit_kernels.audit import compile_launch
-from masked_vit_kernels.ema import ema_launch
-from masked_vit_kernels.multi_tensor import TILE
+from masked_vit_kernels import bundle, launch
+from masked_vit_kernels.compile import compile_launch
+from masked_vit_kernels.optimizer.ema import ema_launch
+from masked_vit_kernels.optimizer.multi_tensor import TILE
 from triton.compiler import ASTSource
 
 
@@ -66,6 +66,14 @@ def test_a_bundle_of_another_triton_is_refused(tmp_path):
     (tmp_path / bundle.VERSION_FILE).write_text("2.0.0\n")
     with pytest.raises(ValueError, match=r"compiled by Triton 2\.0\.0, this is"):
         bundle.use_bundle(tmp_path)
+
+
+def test_the_first_launch_reads_the_environment(monkeypatch, tmp_path):
+    """Not the import: a wrong path is no reason why the reference or the audit should not load."""
+    monkeypatch.setenv(bundle.VARIABLE, str(tmp_path))
+    launch._use_bundle_once.cache_clear()
+    with pytest.raises(ValueError, match="must name the bundle"):
+        _launch()._launch()
 
 
 def test_the_environment_names_the_bundle(monkeypatch, tmp_path):

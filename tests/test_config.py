@@ -162,9 +162,9 @@ def test_numbers_beyond_sense_are_refused_by_name(config, name, value):
 
 
 def test_heads_are_those_that_the_attention_takes():
-    from masked_vit_kernels import attention_common
+    from masked_vit_kernels.attention.config import MAX_HEAD_DIM as WIDEST
 
-    assert MAX_HEAD_DIM == attention_common.MAX_HEAD_DIM
+    assert MAX_HEAD_DIM == WIDEST
     for values, got in (({"width": 48, "heads": 4}, 12), ({"width": 272, "heads": 2}, 136),
                         ({"predictor_width": 40, "predictor_heads": 2}, 20)):  # fmt: skip
         with pytest.raises(ValueError, match=rf"must be a multiple of 8 up to 128, got {got}"):

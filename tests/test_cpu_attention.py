@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from masked_vit_kernels import cpu_attention, reference
+from masked_vit_kernels import (
+    pack_lengths,
+    reference,
+    varlen_attention,
+    varlen_attention_kvpacked,
+    varlen_attention_qkvpacked,
+)
+from masked_vit_kernels.attention import cpu as cpu_attention
+from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
 # Error allowed against float64, in units of the largest value: a few roundings of each dtype.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -41,13 +49,13 @@ def assert_close(actual, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 88])
+@pytest.mark.parametrize("head_dim", [8, *HEAD_DIMS])
 def test_separate_tensors_match_float64(dtype, head_dim):
     cu_q, cu_k = cu(LENGTHS), cu(KEY_LENGTHS)
     q = padded(sum(LENGTHS), 3, head_dim, dtype).requires_grad_()
     k, v = (padded(sum(KEY_LENGTHS), 3, head_dim, dtype).requires_grad_() for _ in "kv")
     grad = padded(sum(LENGTHS), 3, head_dim, dtype)
-    out, lse = cpu_attention.varlen_attention(q, k, v, cu_q, cu_k, 65, 65, return_lse=True)
+    out, lse = varlen_attention(q, k, v, cu_q, cu_k, 65, 65, return_lse=True)
     out.backward(grad)
     expected = oracle(q, k, v, grad, cu_q, cu_k)
     assert_close(lse, expected[1], torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
@@ -62,7 +70,7 @@ def test_packed_variants_return_one_buffer(dtype):
     cu_q, cu_k = cu(LENGTHS), cu(KEY_LENGTHS)
     qkv = torch.stack([padded(sum(LENGTHS), 2, 24, dtype) for _ in range(3)], 1).requires_grad_()
     grad = padded(sum(LENGTHS), 2, 24, dtype)
-    out = cpu_attention.varlen_attention_qkvpacked(qkv, cu_q, 65, softmax_scale=0.3)
+    out = varlen_attention_qkvpacked(qkv, cu_q, 65, softmax_scale=0.3)
     out.backward(grad)
     wanted = oracle(*qkv.unbind(1), grad, cu_q, cu_q, softmax_scale=0.3)
     assert_close(out.detach(), wanted[0], dtype)
@@ -70,7 +78,7 @@ def test_packed_variants_return_one_buffer(dtype):
 
     q = qkv.detach()[:, 1].requires_grad_()  # strided
     kv = torch.stack([padded(sum(KEY_LENGTHS), 2, 24, dtype) for _ in range(2)], 1).requires_grad_()
-    out = cpu_attention.varlen_attention_kvpacked(q, kv, cu_q, cu_k, 65, 65)
+    out = varlen_attention_kvpacked(q, kv, cu_q, cu_k, 65, 65)
     out.backward(grad)
     wanted = oracle(q, *kv.unbind(1), grad, cu_q, cu_k)
     assert_close(out.detach(), wanted[0], dtype)
@@ -95,7 +103,7 @@ def test_random_lengths_in_float64():
     lengths = rng.integers(0, 90, 40)
     qkv = torch.randn(int(lengths.sum()), 3, 2, 8, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(int(lengths.sum()), 2, 8, dtype=torch.float64)
-    out = cpu_attention.varlen_attention_qkvpacked(qkv, cu(lengths), 90)
+    out = varlen_attention_qkvpacked(qkv, cu(lengths), 90)
     out.backward(grad)
     wanted = oracle(*qkv.unbind(1), grad, cu(lengths), cu(lengths))
     try:
@@ -107,7 +115,7 @@ def test_random_lengths_in_float64():
 
 def test_nothing_but_padding():
     qkv = torch.full((4, 3, 2, 8), float("nan"), requires_grad=True)
-    out, lse = cpu_attention.varlen_attention_qkvpacked(qkv, cu([0, 0]), 4, return_lse=True)
+    out, lse = varlen_attention_qkvpacked(qkv, cu([0, 0]), 4, return_lse=True)
     out.sum().backward()
     assert not out.any() and not qkv.grad.any() and bool((lse == -torch.inf).all())
 
@@ -119,7 +127,7 @@ def test_bfloat16_gradients_with_either_kind_of_product(product_dtype, monkeypat
     bounds = cu([33, 0, 30, 64])
     qkv = torch.stack([padded(127, 2, 32, torch.bfloat16) for _ in range(3)], 1).requires_grad_()
     grad = padded(127, 2, 32, torch.bfloat16)
-    cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 64).backward(grad)
+    varlen_attention_qkvpacked(qkv, bounds, 64).backward(grad)
     wanted = oracle(*qkv.unbind(1), grad, bounds, bounds)
     assert_close(qkv.grad, torch.stack(wanted[2:], 1), torch.bfloat16)
 
@@ -128,15 +136,36 @@ def test_bfloat16_gradients_with_either_kind_of_product(product_dtype, monkeypat
 def test_bad_bounds_are_named(bounds):
     qkv, bounds = torch.randn(21, 3, 2, 8), torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to at most 21"):
-        cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9)
+        varlen_attention_qkvpacked(qkv, bounds, 9)
 
 
 def test_bad_shapes_are_named():
     q, kv, bounds = torch.randn(9, 2, 8), torch.randn(9, 2, 3, 8), cu([9])
-    with pytest.raises(ValueError, match=r"q must have shape \(Tq, H, Dh\).* \(9, 3, 8\)"):
-        cpu_attention.varlen_attention_kvpacked(q, kv, bounds, bounds, 9, 9)
+    with pytest.raises(ValueError, match=r"kv must have shape \(Tk, 2, 2, 8\), got \(9, 2, 3, 8\)"):
+        varlen_attention_kvpacked(q, kv, bounds, bounds, 9, 9)
     with pytest.raises(ValueError, match="as many sequences, got 1 and 2"):
-        cpu_attention.varlen_attention(q, q, q, bounds, cu([4, 5]), 9, 9)
+        varlen_attention(q, q, q, bounds, cu([4, 5]), 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"softmax_scale": -0.5}, "softmax_scale must be positive, got -0.5"),
+        ({"softmax_scale": float("nan")}, "softmax_scale must be positive, got nan"),
+        ({"max_seqlen": -1}, "max_seqlen must not be negative, got -1, -1"),
+        ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens_q must be one of int32, int64"),
+        ({"cu_seqlens": cu([9])[None]}, r"cu_seqlens_q must have shape \(S \+ 1,\), got \(1, 2\)"),
+        ({"qkv": torch.zeros(9, 2, 2, 8)}, r"qkv must have shape \(T, 3, H, D\)"),
+        ({"qkv": torch.zeros(9, 3, 2, 8, dtype=torch.int32)}, "inputs must be one of float32"),
+        ({"packing": pack_lengths([4, 4])}, "packing describes 8 rows .* got 9 rows"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:30],
+)
+def test_cpu_arguments_are_checked_as_on_a_gpu(wrong, message):
+    """The CPU branch used to return before the checks: a negative scale gave a result."""
+    given = {"qkv": torch.randn(9, 3, 2, 8), "cu_seqlens": cu([9]), "max_seqlen": 9}
+    with pytest.raises(ValueError, match=message):
+        varlen_attention_qkvpacked(**given | wrong)
 
 
 def test_compiles_without_a_graph_break_and_passes_opcheck():
@@ -146,14 +175,12 @@ def test_compiles_without_a_graph_break_and_passes_opcheck():
         torch.ops.masked_vit_kernels.cpu_varlen_attention.default, ([qkv], bounds, bounds, 0.3)
     )
     attend = torch.compile(
-        lambda x: cpu_attention.varlen_attention_qkvpacked(x, bounds, 9).square().sum(),
+        lambda x: varlen_attention_qkvpacked(x, bounds, 9).square().sum(),
         fullgraph=True,
         backend="aot_eager",
     )
     (compiled,) = torch.autograd.grad(attend(qkv), qkv)
-    (eager,) = torch.autograd.grad(
-        cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9).square().sum(), qkv
-    )
+    (eager,) = torch.autograd.grad(varlen_attention_qkvpacked(qkv, bounds, 9).square().sum(), qkv)
     assert torch.equal(compiled, eager)
 
 
@@ -161,7 +188,7 @@ def test_autocast_computes_in_its_dtype():
     bounds = cu([5, 9])
     qkv = torch.randn(14, 3, 2, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = cpu_attention.varlen_attention_qkvpacked(qkv, bounds, 9)
+        out = varlen_attention_qkvpacked(qkv, bounds, 9)
     out.sum().backward()
     assert out.dtype == torch.bfloat16 and qkv.grad.dtype == torch.float32
 
@@ -173,7 +200,7 @@ def test_padded_queries_get_zero_gradients_where_every_key_row_is_used():
     kv = torch.randn(10, 2, 2, 8, requires_grad=True)
     junk = [torch.full_like(q, float("nan")) for _ in range(8)]  # for the allocator to hand out
     del junk
-    out = cpu_attention.varlen_attention_kvpacked(q, kv, cu(lengths_q), cu(lengths_k), 3, 6)
+    out = varlen_attention_kvpacked(q, kv, cu(lengths_q), cu(lengths_k), 3, 6)
     out.sum().backward()
     assert torch.equal(q.grad[5:], torch.zeros(4, 2, 8))
     assert (q.grad[:5] != 0).any(-1).all() and kv.grad.isfinite().all()
@@ -190,7 +217,7 @@ def test_sequences_of_one_length_need_no_reordering(lengths):
     grad, bounds = torch.randn(sum(lengths), 2, 16), cu(lengths)
     assert cpu_attention._plan_for(*qkv.unbind(1)[:2], bounds, bounds).uniform == (6 not in lengths)
     longest = max(lengths)
-    out, lse = cpu_attention.varlen_attention_qkvpacked(qkv, bounds, longest, return_lse=True)
+    out, lse = varlen_attention_qkvpacked(qkv, bounds, longest, return_lse=True)
     out.backward(grad)
     expected = oracle(*qkv.unbind(1), grad, bounds, bounds)
     assert_close(out.detach(), expected[0], torch.float32)

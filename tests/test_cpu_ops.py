@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_vit_kernels import (
     assemble_predictor_tokens,
-    cpu,
     embed_visible_patches,
     gather_tokens,
     latent_prediction_loss,
@@ -18,6 +17,7 @@ from masked_vit_kernels import (
     reference,
     scatter_tokens,
 )
+from masked_vit_kernels.tokens import cpu
 from op_checks import assert_accurate, gradients, lengths_strategy, packed_ids, poison_tail
 
 NUM_TOKENS, WIDTH = 6, 5

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from masked_vit_kernels import ema, ema_update_, reference
-from masked_vit_kernels.multi_tensor import TILE
+from masked_vit_kernels import ema_update_, reference
+from masked_vit_kernels.optimizer.ema_arguments import match_by_name
+from masked_vit_kernels.optimizer.multi_tensor import TILE
 from torch import nn
 
 SHAPES = [(), (0, 3), (5,), (17, 9), (TILE + 3,)]
@@ -108,30 +109,28 @@ def test_modules_are_matched_by_name_or_refused():
             self._orig_mod = inner
 
     target, source = (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2))
-    pairs = ema.match_by_name(target, Wrapper(source))
+    pairs = match_by_name(target, Wrapper(source))
     assert len(pairs) == 7  # four parameters and three buffers
-    assert len(ema.match_by_name(target, source, buffers=False)) == 4
+    assert len(match_by_name(target, source, buffers=False)) == 4
     named = dict(target.named_parameters())
     sources = dict(source.named_parameters())
     by_id = {id(t): s for t, s in pairs}
     assert all(by_id[id(named[name])] is sources[name] for name in named)
     with pytest.raises(ValueError, match=r"only one of target and source.*1\.bias"):
-        ema.match_by_name(target, nn.Sequential(nn.Linear(2, 3)))
+        match_by_name(target, nn.Sequential(nn.Linear(2, 3)))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_the_interpreted_kernel(monkeypatch, source_dtype, on_device):
-    monkeypatch.setattr(ema, "runs_kernels", lambda tensor: True)
+def test_the_interpreted_kernel(source_dtype, on_device):
     for momentum in (0.3, 0.996):
         value = torch.tensor(momentum, dtype=torch.float64) if on_device else momentum
         check_against_reference(source_dtype, value)
 
 
 @pytest.mark.interpreter
-def test_interpreted_layouts_and_moved_tensors(monkeypatch):
-    monkeypatch.setattr(ema, "runs_kernels", lambda tensor: True)
+def test_interpreted_layouts_and_moved_tensors():
     for _ in range(2):  # the second round finds other tensors, perhaps at the same addresses
         strided = torch.ones(6, 4)[:, ::2]
         misaligned = torch.ones(TILE + 1)[1:]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_vit_kernels import cpu, gather, gather_kernels, gather_tokens, reference, scatter_tokens
+from masked_vit_kernels import gather_tokens, reference, scatter_tokens
 from masked_vit_kernels.packing import pack_lengths
-from masked_vit_kernels.rows import RowIndex, row_index
+from masked_vit_kernels.tokens import cpu, gather, gather_kernels
+from masked_vit_kernels.tokens.rows import RowIndex, row_index
 from op_checks import (
     assert_accurate,
     double,

@@ -6,14 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_vit_kernels import (
-    cpu,
-    embed_visible_patches,
-    patch_embed,
-    patch_embed_kernels,
-    reference,
-)
-from masked_vit_kernels.rows import RowIndex, row_index
+from masked_vit_kernels import embed_visible_patches, reference
+from masked_vit_kernels.catalogue.tokens import token_cases
+from masked_vit_kernels.compile import compile_launch
+from masked_vit_kernels.tokens import cpu, patch_embed, patch_embed_kernels
+from masked_vit_kernels.tokens.rows import RowIndex, row_index
 from op_checks import (
     assert_accurate,
     double,
@@ -275,8 +272,12 @@ def test_wrong_arguments_are_named():
         embed_visible_patches(images, weight, None, position[:3])
     with pytest.raises(IndexError, match="indices holds 4"):
         embed_visible_patches(images, weight, None, position, torch.full((2, 1), 4))
-    with pytest.raises(ValueError, match="mean must have 3 values, got 2"):
-        embed_visible_patches(images.to("meta"), weight.to("meta"), None, None, mean=[0.1, 0.2])
+    for device in ("cpu", "meta"):
+        arguments = images.to(device), weight.to(device), None, None
+        with pytest.raises(ValueError, match="mean must have 3 values, got 2"):
+            embed_visible_patches(*arguments, mean=[0.1, 0.2])
+        with pytest.raises(ValueError, match="std must have 3 values, got 1"):
+            embed_visible_patches(*arguments, std=torch.ones(1))
 
 
 # ----------------------------------------------------------------------------- compile audit
@@ -297,13 +298,14 @@ def test_wrong_arguments_are_named():
 )
 def test_pixels_are_read_as_wide_as_the_patch_allows(patch, dtype, widest):
     """A row of `patch` pixels starts at a multiple of its own size: that bounds the access."""
-    from masked_vit_kernels.audit import compile_launch
-
-    (case,) = [
+    wanted = {"image_dtype": dtype, "dtype": torch.bfloat16, "patch_size": patch,
+              "layout": "packed"}  # fmt: skip
+    case = next(
         case
-        for case in patch_embed_kernels.audit_cases(90)
-        if case.name == f"patch rows patch={patch} {str(dtype).removeprefix('torch.')}"
-    ]
+        for library_case in token_cases(90)
+        if library_case.op == "patch_rows" and wanted.items() <= library_case.keys.items()
+        for case in library_case.audit_cases()
+    )
     blocks = case.launch.arguments
     loads = re.findall(
         r"ld\.global\S*?((?:\.v\d)?)\.[bus](\d+)", compile_launch(case.launch, 90).asm["ptx"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_vit_kernels import cpu, latent_prediction_loss, prediction_loss, reference
+from masked_vit_kernels import latent_prediction_loss, reference
+from masked_vit_kernels.tokens import cpu, prediction_loss
 from op_checks import assert_accurate, double, gradients, leaf, poisoned
 
 KINDS = prediction_loss.KINDS

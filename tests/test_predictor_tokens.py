@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_vit_kernels import assemble_predictor_tokens, cpu, predictor_tokens, reference
+from masked_vit_kernels import assemble_predictor_tokens, reference
 from masked_vit_kernels.packing import pack_predictor
+from masked_vit_kernels.tokens import cpu, predictor_tokens
 from op_checks import (
     assert_accurate,
     double,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from masked_vit_kernels.reference import normalize_images
+from masked_vit_kernels.pixels import normalize_images
 from torch import Tensor
 
 from ijepa.vit import Encoder

@@ -3,15 +3,14 @@
 Nothing here knows I-JEPA: MAE, data2vec, iBOT, DINOv2 or V-JEPA can import the ops alone.
 """
 
-from masked_vit_kernels.adamw_ema import AdamWEMA
-from masked_vit_kernels.attention import (
+from masked_vit_kernels.attention.varlen import (
     varlen_attention,
     varlen_attention_kvpacked,
     varlen_attention_qkvpacked,
 )
 from masked_vit_kernels.cpu_linear import linear
-from masked_vit_kernels.ema import ema_update_
-from masked_vit_kernels.gather import gather_tokens, scatter_tokens
+from masked_vit_kernels.optimizer.adamw_ema import AdamWEMA
+from masked_vit_kernels.optimizer.ema import ema_update_
 from masked_vit_kernels.packing import (
     Packing,
     PredictorPacking,
@@ -20,9 +19,10 @@ from masked_vit_kernels.packing import (
     pack_predictor,
     packing_from_cu_seqlens,
 )
-from masked_vit_kernels.patch_embed import embed_visible_patches
-from masked_vit_kernels.prediction_loss import latent_prediction_loss
-from masked_vit_kernels.predictor_tokens import assemble_predictor_tokens
+from masked_vit_kernels.tokens.gather import gather_tokens, scatter_tokens
+from masked_vit_kernels.tokens.patch_embed import embed_visible_patches
+from masked_vit_kernels.tokens.prediction_loss import latent_prediction_loss
+from masked_vit_kernels.tokens.predictor_tokens import assemble_predictor_tokens
 
 __all__ = [
     "AdamWEMA",

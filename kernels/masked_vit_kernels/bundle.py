@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton import knobs
@@ -62,10 +63,10 @@ def bundled_files(folder: Path, key: str, metadata_name: str) -> dict[str, str] 
     return {p.name: str(p) for p in kernel.iterdir() if not p.name.startswith(("__grp__", "tmp."))}
 
 
-def _reading_first(folder: Path, base: type | None) -> type:
+def _reading_first(folder: Path, base: Any) -> type:
     """A cache manager that asks the bundle before `base`, and never writes to it."""
 
-    class BundleCacheManager(base or FileCacheManager):
+    class BundleCacheManager(base or FileCacheManager):  # type: ignore[misc]
         def __init__(self, key: str, override: bool = False, dump: bool = False):
             super().__init__(key, override, dump)
             self._bundle_key = None if override or dump else key

@@ -8,14 +8,12 @@ CPU tensors.
 Alignment: Triton 3.6 learns that an integer argument is a multiple of 16 and of nothing smaller,
 and `tl.multiple_of` on a kernel argument is lost. A stride that is a multiple of 8 is made a
 constexpr, or passed divided by 8 and multiplied in the kernel; else every load is 2 bytes wide.
-
-The argument checks here are those that more than one op needs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +22,8 @@ from torch import Tensor
 
 from masked_vit_kernels.bundle import use_bundle_of_environment
 
-use_bundle_of_environment()  # before the first launch of any op
-
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Triton decides at import whether kernels are interpreted.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Compute capabilities the launch tables know, as major * 10 + minor.
 CAPABILITIES = (80, 90, 100)
@@ -74,24 +71,19 @@ class KernelLaunch:
             self._launch()
 
     def _launch(self) -> None:
+        _use_bundle_once()
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-@dataclass(frozen=True)
-class AuditCase:
-    """One launch for the compile audit, see `audit.py`.
+_use_bundle_once = functools.cache(use_bundle_of_environment)
 
-    Attributes:
-        name: op and variant, for instance "attention forward D=80 keys<=128 bf16".
-        launch: built from `meta` tensors by the op's own launch function.
-        budget: key of `audit_budgets.BUDGETS`.
-        core: belongs to the short audit that runs with the tests.
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether ops on tensors of `device` run their Triton kernels: on the CPU if interpreted alone.
+
+    No op answers this for itself, and none falls back: where kernels run, they run or raise.
     """
-
-    name: str
-    launch: KernelLaunch
-    budget: str
-    core: bool = True
+    return _INTERPRETED or device.type != "cpu"
 
 
 @functools.cache
@@ -111,31 +103,6 @@ def table_capability(device: torch.device) -> int:
     index = torch.cuda.current_device() if device.index is None else device.index
     major = _device_capability(index) // 10
     return {9: 90, 10: 100}.get(major, 80)
-
-
-def check_shape(name: str, x: Tensor, shape: Sequence[int | None], pattern: str) -> None:
-    """Raise ValueError unless `x` has `shape`; None matches any size. `pattern` is for the text."""
-    fits = x.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(x.shape, shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} must have shape {pattern}, got {tuple(x.shape)}")
-
-
-def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = TRITON_DTYPES) -> None:
-    """Raise ValueError unless `x` has one of the `allowed` dtypes."""
-    if x.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ValueError(f"{name} must be one of {names}, got {x.dtype}")
-
-
-def check_same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless every given tensor lies on the device of the first."""
-    for name, other in others.items():
-        if other is not None and other.device != first.device:
-            raise ValueError(
-                f"{name} must be on {first.device} like {first_name}, got {other.device}"
-            )
 
 
 def round_up_to_power_of_two(n: int) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +68,13 @@ class Packing:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]):
         """The same packing with `function` applied to every tensor."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return type(self)(
-            **{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = function(value)
+        return type(self)(**values)
 
 
 @dataclass(frozen=True)

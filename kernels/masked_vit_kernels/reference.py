@@ -2,7 +2,7 @@
 
 Written to be read, one sequence at a time, with autograd deriving every gradient. Pass float64
 tensors and everything is computed in float64; half-precision inputs are computed in float32 and
-rounded once at the end, as the kernels do. Speed is `cpu.py`'s matter.
+rounded once at the end, as the kernels do. Speed is the matter of the `cpu.py` files.
 
 Shapes use the glossary of `packing.py`. Rows whose id is -1 are padding: they come out as zeros,
 receive no gradient and count in no mean, whatever they hold.
@@ -121,7 +121,7 @@ def embed_visible_patches(
     pixels = normalize_images(images, mean, std)
     if dtype == torch.float64:
         pixels = pixels.double()
-    patches = extract_patches(pixels, weight.shape[2:])
+    patches = extract_patches(pixels, (weight.shape[2], weight.shape[3]))
     tokens = F.linear(patches, _wide(weight).flatten(1), None if bias is None else _wide(bias))
     if pos_embed is not None:
         tokens = tokens + _wide(pos_embed).reshape(1, -1, weight.shape[0])

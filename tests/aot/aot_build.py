@@ -24,8 +24,8 @@ LIBRARY = Library(BUILD / "libmasked_vit_kernels.so", HEADER)
 
 def bundled_cubin(launch: KernelLaunch, capability: int) -> tuple[bytes, dict]:
     """The cubin and metadata that Triton would find in the bundle for this launch."""
-    from compiler import Kernel
-    from masked_vit_kernels.audit import specialize_launch
+    from cubins import Kernel
+    from masked_vit_kernels.compile import specialize_launch
 
     kernel = Kernel(capability, specialize_launch(launch, capability), BUNDLE)
     assert bundled_files(BUNDLE, kernel.key, f"{kernel.symbol}.json"), (

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 from masked_vit_kernels import bundle
-from masked_vit_kernels.rows import segmented_sum_launch
+from masked_vit_kernels.tokens.sum_by_place import segmented_sum_launch
 from step_launches import step_launches
 from stub_gpu import install_stub_driver
 from triton.compiler import ASTSource

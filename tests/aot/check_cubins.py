@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from aot_build import ARCHS, BUILD, CUBINS, LIBRARY, MANIFEST
 from masked_vit_kernels.audit import resource_usage
-from masked_vit_kernels.audit_budgets import BUDGETS
+from masked_vit_kernels.audit.budgets import BUDGETS
 from masked_vit_kernels.launch import SHARED_MEMORY_LIMIT
 
 KPARAM_INFO = 0x17

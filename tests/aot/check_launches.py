@@ -17,21 +17,23 @@ import pytest
 import torch
 from aot_build import ARCHS, FAKE, LIBRARY, bundled_cubin
 from c_api import cubin_hash as slow_cubin_hash
-from masked_vit_kernels import (
-    adamw_ema_launch,
-    ema,
+from masked_vit_kernels import pack_lengths
+from masked_vit_kernels.attention.backward import backward_launches
+from masked_vit_kernels.attention.forward import forward_launch
+from masked_vit_kernels.attention.sequences import Sequences
+from masked_vit_kernels.catalogue.sizes import ENCODER_WIDTHS, HEAD_DIMS
+from masked_vit_kernels.compile import specialize_launch
+from masked_vit_kernels.launch import KernelLaunch
+from masked_vit_kernels.optimizer import ema
+from masked_vit_kernels.optimizer import launches as adamw_ema_launch
+from masked_vit_kernels.tokens import (
     gather_kernels,
-    pack_lengths,
     prediction_loss,
     predictor_tokens,
-    rows,
+    sum_by_place,
 )
-from masked_vit_kernels import patch_embed_kernels as embed
-from masked_vit_kernels.attention_backward import backward_launches
-from masked_vit_kernels.attention_forward import forward_launch
-from masked_vit_kernels.audit import specialize_launch
-from masked_vit_kernels.launch import KernelLaunch
-from masked_vit_kernels.rows import RowIndex
+from masked_vit_kernels.tokens import patch_embed_kernels as embed
+from masked_vit_kernels.tokens.rows import RowIndex
 from torch import Tensor
 
 cubin_hash = functools.cache(slow_cubin_hash)
@@ -39,8 +41,6 @@ cubin_hash = functools.cache(slow_cubin_hash)
 DRAWS = 30
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = FLOATS[1:]
-WIDTHS = (192, 384, 768, 1024, 1280, 1408)
-HEAD_DIMS = (24, 32, 64, 80, 88)
 LENGTHS = (1, 17, 63, 64, 65, 100, 128, 129, 197, 256, 257, 300, 784)
 
 
@@ -127,6 +127,14 @@ def _attention(draw: random.Random, dtype=None, dim=None, limits=None):
     return q, *kv.unbind(1), *packings, shared
 
 
+def _sides(packing_q, packing_k, *, mapped: bool) -> tuple[Sequences, Sequences]:
+    """Queries and keys with the maps of their packings or without."""
+    return tuple(
+        Sequences.of(packing.cu_seqlens, packing.max_seqlen, packing if mapped else None)
+        for packing in (packing_q, packing_k)
+    )
+
+
 def test_attention_forward(drawn):
     _forward_alike(*drawn)
 
@@ -134,16 +142,17 @@ def test_attention_forward(drawn):
 def _forward_alike(capability: int, draw: random.Random, **chosen) -> None:
     q, k, v, packing_q, packing_k, fields = _attention(draw, **chosen)
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
-    maps = (packing_q.tile_map, packing_q.wide_tile_map) if draw.random() < 0.5 else (None, None)
-    if maps[0] is not None:
+    queries, keys = _sides(packing_q, packing_k, mapped=draw.random() < 0.5)
+    if queries.tile_map is not None:
         fields |= {
-            "tile_map_q": maps[0], "num_tiles_q": len(maps[0]),
-            "wide_tile_map_q": maps[1], "num_wide_tiles_q": len(maps[1]),
+            "tile_map_q": queries.tile_map, "num_tiles_q": len(queries.tile_map),
+            "wide_tile_map_q": queries.wide_tile_map,
+            "num_wide_tiles_q": len(queries.wide_tile_map),
         }  # fmt: skip
     LIBRARY.run("attention_forward", out=out, lse=lse, stride_out=out.stride(0), **fields)
     launch = forward_launch(
-        q, k, v, out, lse, packing_q.cu_seqlens, packing_k.cu_seqlens, *maps,
-        packing_q.max_seqlen, packing_k.max_seqlen, fields["softmax_scale"], capability=capability,
+        q=q, k=k, v=v, out=out, lse=lse, queries=queries, keys=keys,
+        softmax_scale=fields["softmax_scale"], capability=capability,
     )  # fmt: skip
     expect(capability, [launch])
 
@@ -157,14 +166,13 @@ def _backward_alike(capability: int, draw: random.Random, **chosen) -> None:
     out, dout, dq = (torch.empty_like(q) for _ in range(3))
     dk, dv = torch.empty(k.shape[0], 2, *k.shape[1:], dtype=k.dtype).unbind(1)
     lse, delta = (torch.empty(q.shape[1], q.shape[0]) for _ in range(2))
-    order = map_q = map_k = wide_map_k = None
-    if draw.random() < 0.5:
-        order, map_q = packing_k.sequence_order, packing_q.tile_map
-        map_k, wide_map_k = packing_k.tile_map, packing_k.wide_tile_map
+    queries, keys = _sides(packing_q, packing_k, mapped=draw.random() < 0.5)
+    if keys.order is not None:
         fields |= {
-            "sequence_order": order, "tile_map_q": map_q, "num_tiles_q": len(map_q),
-            "tile_map_k": map_k, "num_tiles_k": len(map_k), "wide_tile_map_k": wide_map_k,
-            "num_wide_tiles_k": len(wide_map_k),
+            "sequence_order": keys.order,
+            "tile_map_q": queries.tile_map, "num_tiles_q": len(queries.tile_map),
+            "tile_map_k": keys.tile_map, "num_tiles_k": len(keys.tile_map),
+            "wide_tile_map_k": keys.wide_tile_map, "num_wide_tiles_k": len(keys.wide_tile_map),
         }  # fmt: skip
     LIBRARY.run(
         "attention_backward", rows_k=k.shape[0], out=out, dout=dout, lse=lse, delta=delta,
@@ -172,9 +180,8 @@ def _backward_alike(capability: int, draw: random.Random, **chosen) -> None:
         stride_dq=dq.stride(0), stride_dk=dk.stride(0), stride_dv=dv.stride(0), **fields,
     )  # fmt: skip
     launches = backward_launches(
-        q, k, v, out, dout, lse, delta, dq, dk, dv, packing_q.cu_seqlens, packing_k.cu_seqlens,
-        order, map_q, map_k, wide_map_k, packing_q.max_seqlen, packing_k.max_seqlen,
-        fields["softmax_scale"], capability=capability,
+        q=q, k=k, v=v, out=out, dout=dout, lse=lse, delta=delta, dq=dq, dk=dk, dv=dv,
+        queries=queries, keys=keys, softmax_scale=fields["softmax_scale"], capability=capability,
     )  # fmt: skip
     expect(capability, launches)
 
@@ -205,8 +212,11 @@ def test_a_map_longer_than_a_grid_axis(drawn):
         cu_seqlens_k=cu_seqlens, tile_map_q=tiles, wide_tile_map_q=tiles,
         num_tiles_q=len(tiles), num_wide_tiles_q=len(tiles),
     )  # fmt: skip
+    both = Sequences(
+        cu_seqlens=cu_seqlens, max_seqlen=64, tile_map=tiles, wide_tile_map=tiles
+    )  # fmt: skip
     launch = forward_launch(
-        q, q, q, q, lse, cu_seqlens, cu_seqlens, tiles, tiles, 64, 64, 0.125,
+        q=q, k=q, v=q, out=q, lse=lse, queries=both, keys=both, softmax_scale=0.125,
         capability=capability,
     )  # fmt: skip
     assert launch.grid[2] > 1
@@ -215,7 +225,7 @@ def test_a_map_longer_than_a_grid_axis(drawn):
 
 @pytest.mark.parametrize("capability", ARCHS)
 def test_gather_rows_of_every_size(capability):
-    for seed, (dtype, width) in enumerate(itertools.product(FLOATS, WIDTHS * 6)):
+    for seed, (dtype, width) in enumerate(itertools.product(FLOATS, ENCODER_WIDTHS * 6)):
         FAKE.reset(capability)
         _gather_alike(capability, random.Random(seed), dtype, width)
 
@@ -232,7 +242,7 @@ def _gather_alike(capability: int, draw: random.Random, dtype: torch.dtype, widt
 
 def test_scatter_rows(drawn):
     capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+    dtype, width, tokens = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 300)
     index, num_rows, c_index = _index(draw, 3, tokens, every=False)
     x, out = torch.empty(num_rows, width, dtype=dtype), torch.empty(3, tokens, width, dtype=dtype)
     fill = draw.choice([None, torch.empty(width, dtype=dtype).expand(out.shape), out.clone()])
@@ -250,7 +260,7 @@ def test_scatter_rows(drawn):
 
 def test_scatter_fill_gradient(drawn):
     capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+    dtype, width, tokens = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 300)
     index, _, c_index = _index(draw, 3, tokens, every=False)
     grad = torch.empty(3, tokens, width, dtype=dtype)
     places = torch.empty(3 * tokens, dtype=torch.int32)
@@ -267,14 +277,14 @@ def test_scatter_fill_gradient(drawn):
 
 def test_sum_rows_by_place(drawn):
     capability, draw = drawn
-    dtype, width, num_rows = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 900)
+    dtype, width, num_rows = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 900)
     num_places = max(1, num_rows // draw.choice([1, 3, 4, 5, 20]))
     values, out = (torch.empty(n, width, dtype=dtype) for n in (num_rows, num_places))
     order, starts = _ids(num_rows), _ids(num_places + 1)
     LIBRARY.run("sum_rows_by_place", dtype=dtype, width=width, num_rows=num_rows,
                 num_places=num_places, values=values, stride_row=width, order=order, starts=starts,
                 out=out)  # fmt: skip
-    expect(capability, [rows.segmented_sum_launch(values, order, starts, out)])
+    expect(capability, [sum_by_place.segmented_sum_launch(values, order, starts, out)])
 
 
 def test_patch_rows(drawn):
@@ -320,7 +330,7 @@ def test_embed_visible_patches(drawn):
 
 def test_add_position_and_its_backward(drawn):
     capability, draw = drawn
-    dtype, width, tokens = draw.choice(FLOATS), draw.choice(WIDTHS), draw.randint(1, 300)
+    dtype, width, tokens = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS), draw.randint(1, 300)
     bias_dtype = draw.choice([dtype, torch.float32])
     index, num_rows, c_index = _index(draw, 3, tokens, every=True)
     x, out = (torch.empty(num_rows, width, dtype=dtype) for _ in range(2))
@@ -368,7 +378,7 @@ def test_predictor_tokens(drawn):
 
 def test_prediction_loss_and_its_backward(drawn):
     capability, draw = drawn
-    dtype, width = draw.choice(FLOATS), draw.choice(WIDTHS)
+    dtype, width = draw.choice(FLOATS), draw.choice(ENCODER_WIDTHS)
     feature_dtype, kind = draw.choice([dtype, torch.float32]), draw.choice([0, 1])
     num_rows = draw.choice([1, 2, 31, 32, 33, 1000, 2048, 2049, 5000])
     predictions = torch.empty(num_rows, width, dtype=dtype)
@@ -457,7 +467,7 @@ def test_pack_lengths_and_tensor_tiles():
         for name in names:
             assert torch.equal(ours[name], getattr(packing, name)), name
 
-        from masked_vit_kernels.multi_tensor import tile_map
+        from masked_vit_kernels.optimizer.multi_tensor import tile_map
 
         sizes = [draw.choice([0, 1, 8191, 8192, 8193, 40000]) for _ in range(draw.randint(1, 9))]
         expected, host = tile_map(sizes), torch.tensor(sizes)

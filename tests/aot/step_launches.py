@@ -8,32 +8,14 @@ dtypes, strides and so the launches are those of the real step.
 from __future__ import annotations
 
 import contextlib
-import types
 from unittest import mock
 
 import torch
-from masked_vit_kernels import adamw_ema, attention, ema, rows
+from masked_vit_kernels import launch
 from masked_vit_kernels.launch import KernelLaunch
 
 from ijepa import IJEPA, MultiBlockSampler, Trainer
 from ijepa.recipes import load_recipe
-
-
-def _triton_attention_like_the_cpu_functions() -> types.SimpleNamespace:
-    run = attention.triton_attention
-
-    def kvpacked(q, kv, cu_q, cu_k, max_q, max_k, *, packing_q, packing_k, softmax_scale,
-                 return_lse):  # fmt: skip
-        return run((q, kv), cu_q, cu_k, max_q, max_k, packing_q, packing_k, softmax_scale,
-                   return_lse)  # fmt: skip
-
-    def qkvpacked(qkv, cu, max_seqlen, *, packing, softmax_scale, return_lse):
-        return run((qkv,), cu, cu, max_seqlen, max_seqlen, packing, packing, softmax_scale,
-                   return_lse)  # fmt: skip
-
-    return types.SimpleNamespace(
-        varlen_attention_kvpacked=kvpacked, varlen_attention_qkvpacked=qkvpacked
-    )
 
 
 @contextlib.contextmanager
@@ -41,24 +23,14 @@ def recorded_launches(capability: int):
     """A list that fills with the launches of every op called inside, on CPU tensors."""
     launches: list[KernelLaunch] = []
 
-    def record(launch: KernelLaunch) -> None:
-        if 0 not in launch.grid:
-            launches.append(launch)
+    def record(made: KernelLaunch) -> None:
+        if 0 not in made.grid:
+            launches.append(made)
 
-    tables = [
-        module
-        for module in ("attention_forward", "attention_backward", "patch_embed")
-    ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(KernelLaunch, "run", record))
-        stack.enter_context(mock.patch.object(rows, "_INTERPRETED", True))
-        stack.enter_context(
-            mock.patch.object(attention, "cpu", _triton_attention_like_the_cpu_functions())
-        )
-        for module in (adamw_ema, ema):
-            name = "_runs_kernels" if module is adamw_ema else "runs_kernels"
-            stack.enter_context(mock.patch.object(module, name, lambda _: True))
-        for name in tables:
+        stack.enter_context(mock.patch.object(launch, "_INTERPRETED", True))
+        for name in ("attention.forward", "attention.backward", "tokens.patch_embed"):
             stack.enter_context(
                 mock.patch(f"masked_vit_kernels.{name}.table_capability", lambda _: capability)
             )

@@ -24,7 +24,7 @@ def packed(modules):
     _check(modules, head_dim=8, lengths_q=lengths, lengths_k=lengths, layout="qkv")
 
 
-FORWARD, BACKWARD, COMMON = (f"attention_{part}.py" for part in ("forward", "backward", "common"))
+FORWARD, BACKWARD, TILES = (f"attention/{part}.py" for part in ("forward", "backward", "tiles"))
 
 MUTATIONS = [
     Mutation(
@@ -50,7 +50,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no mask over absent rows",
-        COMMON,
+        TILES,
         (
             "mask = (rows < num_rows - first_row)[:, None]\n"
             "    if COLUMN + WIDTH > HEAD_DIM:\n"

@@ -1,0 +1,1 @@
+"""Variable-length attention: the op (`varlen`), its kernels, their tiles, the CPU path."""

@@ -1,0 +1,26 @@
+"""The compile audit: what every kernel costs on each architecture, without a GPU."""
+
+from masked_vit_kernels.audit.budgets import BUDGETS, violations
+from masked_vit_kernels.audit.machine_code import (
+    Instruction,
+    Measurement,
+    disassemble,
+    innermost_loops,
+    measure,
+    parse_instructions,
+    resource_usage,
+)
+from masked_vit_kernels.compile import compile_launch
+
+__all__ = [
+    "BUDGETS",
+    "Instruction",
+    "Measurement",
+    "compile_launch",
+    "disassemble",
+    "innermost_loops",
+    "measure",
+    "parse_instructions",
+    "resource_usage",
+    "violations",
+]

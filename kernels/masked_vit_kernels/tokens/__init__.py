@@ -1,0 +1,1 @@
+"""Ops on rows of tokens: gather and scatter, patch embedding, the predictor's input, the loss."""

@@ -1,0 +1,396 @@
+"""The loss in latent space: predictions against LayerNorm-ed target features, in one pass.
+
+    t[r]  = (f - mean(f)) / sqrt(var(f) + eps)      f = target_features[target_rows[r]], eps = 1e-5
+    d     = predictions[r] - t[r]
+    loss  = sum over valid rows and columns of h(d) / denominator
+    h(d)  = d^2 / 2 if |d| < 1 else |d| - 1/2       smooth L1;        d^2  for "l2"
+    grad  = h'(d) * grad_loss / denominator         zero on padding;  none for the targets
+
+The forward reads each prediction and each target row once and writes eight bytes a row, mean and
+reciprocal deviation; the backward recomputes d from them. The normalised targets are never in
+memory. Sums are float32: a row in registers, then one partial sum a program, then one program that
+adds the partials in a fixed order and divides, so that two runs give the same bits.
+
+Bytes moved a row of D elements of size e: forward 2 * e * D, backward 3 * e * D.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from masked_vit_kernels.checks import (
+    check_dtype,
+    check_index_dtype,
+    check_same_device,
+    check_shape,
+)
+from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
+from masked_vit_kernels.tokens import cpu
+from masked_vit_kernels.tokens.rows import column_block, with_unit_columns
+
+KINDS = ("smooth_l1", "l2")
+
+# ----------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _target_row(target_rows_ptr, row, in_range, num_features):
+    """The feature row that packed row `row` is held against (int64), and whether there is one."""
+    target = tl.load(target_rows_ptr + row, mask=in_range, other=-1).to(tl.int64)
+    return target, in_range & (target >= 0) & (target < num_features)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_features", "rows_per_program"])
+def _loss_forward_kernel(
+    predictions_ptr,  # (Tt, D)
+    features_ptr,  # (F, D)
+    target_rows_ptr,  # (Tt,)
+    mean_ptr,  # (Tt,) float32
+    rstd_ptr,  # (Tt,) float32
+    partial_ptr,  # (2, programs) float32: loss sum, valid rows
+    num_rows,
+    num_features,
+    rows_per_program,
+    stride_pr,
+    stride_fr,
+    EPS: tl.constexpr,
+    SMOOTH_L1: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    in_width = columns < D
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    count = tl.zeros((), dtype=tl.float32)
+    for step in range(0, rows_per_program):
+        row = program * rows_per_program + step
+        target, valid = _target_row(target_rows_ptr, row, row < num_rows, num_features)
+        present = in_width & valid
+        feature = tl.load(  # [BLOCK_D]
+            features_ptr + target * stride_fr + columns, mask=present, other=0
+        ).to(tl.float32)
+        prediction = tl.load(  # [BLOCK_D]
+            predictions_ptr + row * stride_pr + columns, mask=present, other=0
+        ).to(tl.float32)
+        mean = tl.sum(feature, axis=0) / D
+        centred = tl.where(in_width, feature - mean, 0.0)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + EPS)
+        difference = prediction - centred * rstd
+        if SMOOTH_L1:
+            magnitude = tl.abs(difference)
+            distance = tl.where(magnitude < 1.0, 0.5 * difference * difference, magnitude - 0.5)
+        else:
+            distance = difference * difference
+        total += tl.where(present, distance, 0.0)
+        count += valid.to(tl.float32)
+        tl.store(mean_ptr + row, mean, mask=row < num_rows)
+        tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+    tl.store(partial_ptr + program, tl.sum(total, axis=0))
+    tl.store(partial_ptr + tl.num_programs(0) + program, count)
+
+
+@triton.jit(do_not_specialize=["num_programs", "width"])
+def _loss_finish_kernel(
+    partial_ptr,  # (2, programs) float32
+    denominator_ptr,  # () or None: the number of valid elements
+    out_ptr,  # (2,) float32: the loss, 1 / denominator
+    num_programs,
+    width,
+    BLOCK: tl.constexpr,
+):
+    programs = tl.arange(0, BLOCK)
+    present = programs < num_programs
+    total = tl.sum(tl.load(partial_ptr + programs, mask=present, other=0), axis=0)
+    if denominator_ptr is None:
+        # Counts are exact in float32 up to 2^24 rows.
+        rows = tl.sum(tl.load(partial_ptr + num_programs + programs, mask=present, other=0), axis=0)
+        denominator = tl.maximum(rows * width, 1.0)
+    else:
+        denominator = tl.load(denominator_ptr).to(tl.float32)
+    tl.store(out_ptr, total / denominator)
+    tl.store(out_ptr + 1, 1.0 / denominator)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_features"])
+def _loss_backward_kernel(
+    grad_loss_ptr,  # () gradient of the loss
+    out_ptr,  # (2,) float32: the loss, 1 / denominator
+    predictions_ptr,  # (Tt, D)
+    features_ptr,  # (F, D)
+    target_rows_ptr,  # (Tt,)
+    mean_ptr,  # (Tt,) float32
+    rstd_ptr,  # (Tt,) float32
+    grad_ptr,  # (Tt, D)
+    num_rows,
+    num_features,
+    stride_pr,
+    stride_fr,
+    SMOOTH_L1: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_range = rows < num_rows
+    in_width = columns < D
+    targets, valid = _target_row(target_rows_ptr, rows, in_range, num_features)
+    present = valid[:, None] & in_width[None, :]
+    scale = tl.load(grad_loss_ptr).to(tl.float32) * tl.load(out_ptr + 1)
+    mean = tl.load(mean_ptr + rows, mask=valid, other=0)
+    rstd = tl.load(rstd_ptr + rows, mask=valid, other=0)
+    feature = tl.load(  # [BLOCK_ROWS, BLOCK_D]
+        features_ptr + targets[:, None] * stride_fr + columns[None, :], mask=present, other=0
+    ).to(tl.float32)
+    prediction = tl.load(  # [BLOCK_ROWS, BLOCK_D]
+        predictions_ptr + rows[:, None] * stride_pr + columns[None, :], mask=present, other=0
+    ).to(tl.float32)
+    difference = prediction - (feature - mean[:, None]) * rstd[:, None]
+    if SMOOTH_L1:  # written so that a NaN stays a NaN
+        slope = tl.where(difference >= 1.0, 1.0, tl.where(difference <= -1.0, -1.0, difference))
+    else:
+        slope = 2.0 * difference
+    grad = tl.where(valid[:, None], slope * scale, 0.0)
+    tl.store(
+        grad_ptr + rows[:, None] * D + columns[None, :],
+        grad.to(grad_ptr.dtype.element_ty),
+        mask=in_range[:, None] & in_width[None, :],
+    )
+
+
+# ----------------------------------------------------------------------------- launches
+
+MOST_PROGRAMS = 2048  # of the forward; their partial sums fit one program of the second reduction
+
+
+def loss_programs(num_rows: int) -> int:
+    """Programs of the forward for `num_rows` rows: a function of the shape, not of the device."""
+    return max(1, triton.cdiv(num_rows, triton.cdiv(max(num_rows, 1), MOST_PROGRAMS)))
+
+
+def loss_forward_launch(
+    predictions: Tensor,
+    features: Tensor,
+    target_rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    partial: Tensor,
+    kind: str,
+) -> KernelLaunch:
+    """predictions (Tt, D), features (F, D), unit column strides -> statistics and partial sums."""
+    num_rows, width = predictions.shape
+    block_d = round_up_to_power_of_two(width)
+    return KernelLaunch(
+        kernel=_loss_forward_kernel,
+        grid=(partial.shape[1],),
+        arguments={
+            "predictions_ptr": predictions,
+            "features_ptr": features,
+            "target_rows_ptr": target_rows,
+            "mean_ptr": mean,
+            "rstd_ptr": rstd,
+            "partial_ptr": partial,
+            "num_rows": num_rows,
+            "num_features": features.shape[0],
+            "rows_per_program": triton.cdiv(num_rows, partial.shape[1]),
+            "stride_pr": predictions.stride(0),
+            "stride_fr": features.stride(0),
+            "EPS": cpu.TARGET_LAYER_NORM_EPS,
+            "SMOOTH_L1": kind == "smooth_l1",
+            "D": width,
+            "BLOCK_D": block_d,
+        },
+        num_warps=max(1, min(8, block_d // 256)),
+    )
+
+
+def loss_finish_launch(
+    partial: Tensor, denominator: Tensor | None, width: int, out: Tensor
+) -> KernelLaunch:
+    """Partial sums (2, programs) -> out (2,): the loss and 1 / denominator."""
+    programs = partial.shape[1]
+    return KernelLaunch(
+        kernel=_loss_finish_kernel,
+        grid=(1,),
+        arguments={
+            "partial_ptr": partial,
+            "denominator_ptr": denominator,
+            "out_ptr": out,
+            "num_programs": programs,
+            "width": width,
+            "BLOCK": max(32, round_up_to_power_of_two(programs)),
+        },
+    )
+
+
+def loss_backward_launch(
+    grad_loss: Tensor,
+    out: Tensor,
+    predictions: Tensor,
+    features: Tensor,
+    target_rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    kind: str,
+) -> KernelLaunch:
+    """What the forward saved -> grad (Tt, D) of the predictions."""
+    num_rows, width = predictions.shape
+    block_d = column_block(width)
+    block_rows = max(1, 4096 // (predictions.element_size() * block_d))
+    return KernelLaunch(
+        kernel=_loss_backward_kernel,
+        grid=(triton.cdiv(num_rows, block_rows), triton.cdiv(width, block_d)),
+        arguments={
+            "grad_loss_ptr": grad_loss,
+            "out_ptr": out,
+            "predictions_ptr": predictions,
+            "features_ptr": features,
+            "target_rows_ptr": target_rows,
+            "mean_ptr": mean,
+            "rstd_ptr": rstd,
+            "grad_ptr": grad,
+            "num_rows": num_rows,
+            "num_features": features.shape[0],
+            "stride_pr": predictions.stride(0),
+            "stride_fr": features.stride(0),
+            "SMOOTH_L1": kind == "smooth_l1",
+            "D": width,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_D": block_d,
+        },
+    )
+
+
+# ----------------------------------------------------------------------------- ops
+
+
+@torch.library.custom_op("masked_vit_kernels::prediction_loss", mutates_args=())
+def prediction_loss(
+    predictions: Tensor,
+    features: Tensor,
+    target_rows: Tensor,
+    denominator: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (2,) loss and 1 / denominator, mean (Tt,) and rstd (Tt,) of the target rows; float32."""
+    num_rows, width = predictions.shape
+    out, mean, rstd = (
+        predictions.new_empty(n, dtype=torch.float32) for n in (2, num_rows, num_rows)
+    )
+    partial = predictions.new_empty(2, loss_programs(num_rows), dtype=torch.float32)
+    loss_forward_launch(
+        with_unit_columns(predictions), with_unit_columns(features), target_rows.contiguous(),
+        mean, rstd, partial, kind,
+    ).run()  # fmt: skip
+    loss_finish_launch(partial, denominator, width, out).run()
+    return out, mean, rstd
+
+
+@prediction_loss.register_fake
+def _(predictions, features, target_rows, denominator, kind):
+    num_rows = predictions.shape[0]
+    return tuple(predictions.new_empty(n, dtype=torch.float32) for n in (2, num_rows, num_rows))
+
+
+@torch.library.custom_op("masked_vit_kernels::prediction_loss_backward", mutates_args=())
+def prediction_loss_backward(
+    grad_loss: Tensor,
+    out: Tensor,
+    predictions: Tensor,
+    features: Tensor,
+    target_rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    kind: str,
+) -> Tensor:
+    """The gradient of the predictions (Tt, D), in their dtype; grad_loss is 0-d."""
+    grad = torch.empty_like(predictions, memory_format=torch.contiguous_format)
+    loss_backward_launch(
+        grad_loss, out, with_unit_columns(predictions), with_unit_columns(features),
+        target_rows.contiguous(), mean, rstd, grad, kind,
+    ).run()  # fmt: skip
+    return grad
+
+
+@prediction_loss_backward.register_fake
+def _(grad_loss, out, predictions, features, target_rows, mean, rstd, kind):
+    return torch.empty_like(predictions, memory_format=torch.contiguous_format)
+
+
+# ----------------------------------------------------------------------------- autograd
+
+
+def _save_for_backward(ctx, inputs, output):
+    predictions, features, target_rows, _, ctx.kind = inputs
+    out, mean, rstd = output
+    ctx.save_for_backward(out, predictions, features, target_rows, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad_out, grad_mean, grad_rstd):
+    grad = prediction_loss_backward(grad_out[0], *ctx.saved_tensors, ctx.kind)
+    return grad, None, None, None, None
+
+
+prediction_loss.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# ----------------------------------------------------------------------------- public function
+
+
+def latent_prediction_loss(
+    predictions: Tensor,
+    target_features: Tensor,
+    target_rows: Tensor,
+    *,
+    kind: str = "smooth_l1",
+    denominator: Tensor | None = None,
+) -> Tensor:
+    """Distance between predictions and the normalised target features they stand for.
+
+    Args:
+        predictions: (Tt, D), the predictor's output at its target rows.
+        target_features: (B, N, D) or (R, D) output of the target encoder, before the LayerNorm
+            without affine (eps 1e-5) that is applied here. Receives no gradient.
+        target_rows: (Tt,) int32 or int64, row b * N + patch of each prediction, -1 for padding.
+        kind: "smooth_l1" (beta 1, the released code) or "l2" (the paper).
+        denominator: 0-d tensor that the sum is divided by; default: valid rows times D, at least 1.
+
+    Returns:
+        0-d float32 loss. A NaN in a valid row makes it NaN; padding may hold anything.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown kind. IndexError: a row outside the features,
+        on the CPU; on CUDA such a row counts as padding.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be 'smooth_l1' or 'l2', got {kind!r}")
+    check_shape("predictions", predictions, (None, None), "(Tt, D)")
+    num_rows, width = predictions.shape
+    if target_features.ndim not in (2, 3) or target_features.shape[-1] != width:
+        raise ValueError(
+            f"target_features must have shape (B, N, {width}) or (R, {width}),"
+            f" got {tuple(target_features.shape)}"
+        )
+    check_shape("target_rows", target_rows, (num_rows,), f"({num_rows},)")
+    check_index_dtype("target_rows", target_rows)
+    check_same_device(
+        "predictions", predictions, target_features=target_features, target_rows=target_rows,
+        denominator=denominator,
+    )  # fmt: skip
+    if denominator is not None and denominator.numel() != 1:
+        raise ValueError(f"denominator must have one element, got {tuple(denominator.shape)}")
+    if not runs_kernels(predictions.device):
+        return cpu.latent_prediction_loss(
+            predictions, target_features, target_rows, kind=kind, denominator=denominator
+        )
+    check_dtype("predictions", predictions)
+    check_dtype("target_features", target_features)
+    features = target_features.detach().reshape(-1, width)
+    out, _, _ = prediction_loss(predictions, features, target_rows, denominator, kind)
+    return out[0]
