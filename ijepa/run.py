@@ -522,12 +522,22 @@ def new_run_folder(recipe: Recipe) -> Path:
     A train.output whose run ended before its first checkpoint is taken again.
 
     Raises:
-        ValueError: train.output holds a run already.
+        ValueError: train.output holds a run already, is the folder of the images, or cannot be
+            made.
     """
     if recipe.train.output is not None:
         folder = Path(recipe.train.output)
         check_unused(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        images = recipe.data.path
+        if images is not None and folder.resolve() == Path(images).expanduser().resolve():
+            raise ValueError(
+                f"train.output {folder} is the folder of the images, and the run's pictures would "
+                "be counted among them: choose another, or leave it out"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"train.output {folder} cannot be made: {error.strerror}") from None
         return folder
     number = 1
     while True:
