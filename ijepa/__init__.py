@@ -15,6 +15,7 @@ _MODULES = {
     "Trainer": "trainer",
     "StepResult": "trainer",
     "load_official": "interop",
+    "load_run": "interop",
     "load_recipe": "recipes",
     "Recipe": "config",
     "ModelConfig": "config",

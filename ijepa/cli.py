@@ -92,9 +92,10 @@ def pretrain_command(arguments: list[str]) -> int:
     # torch is not needed to refuse a bad setting
     from ijepa.distributed import launched_rank
     from ijepa.pretrain import pretrain
+    from ijepa.progress import RunConsole
     from ijepa.resume import resume_command
 
-    outcome = pretrain(recipe, checkpoint=checkpoint, console=Console())
+    outcome = pretrain(recipe, checkpoint=checkpoint, console=RunConsole())
     if not outcome.finished and launched_rank() == 0:
         print(f"\nStopped and saved. Continue with:\n  {resume_command(outcome.folder)}")
     return 0

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the released I-JEPA code.
+"""Reading checkpoints: of the released I-JEPA code, and of runs of this program.
 
 A released `.pth.tar` holds `encoder`, `predictor` and `target_encoder`, each with the prefix
 `module.`, beside the optimiser's state. It names neither image size nor head count: sizes are
@@ -17,8 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ijepa.checkpoint import METADATA, CheckpointError, load_checkpoint
 from ijepa.config import VIT_SIZES, ModelConfig
 from ijepa.model import IJEPA
+from ijepa.resume import saved_recipe
+
+_NAMED = 8  # entries of a foreign file that are named
 
 # Released name of each network -> ours.
 NETWORKS = {
@@ -37,20 +41,22 @@ def load_official(path: str | os.PathLike, *, num_heads: int | None = None) -> I
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or something else; or tensors are missing, unknown or of
-            the wrong shape, all of which are named.
+        ValueError: the file is damaged or something else, a checkpoint of this program among it; or
+            tensors are missing, unknown or of the wrong shape, all of which are named.
     """
+    _refuse_own(Path(path))
     checkpoint = _read(Path(path))
     absent = [name for name in NETWORKS if not isinstance(checkpoint.get(name), Mapping)]
     if absent:
+        held = [str(name) for name in checkpoint]
+        named = ", ".join(held[:_NAMED]) + (f", ... ({len(held)})" if held[_NAMED:] else "")
         raise ValueError(
             f"{path} is no released I-JEPA checkpoint: it lacks {', '.join(absent)}"
-            f" (it holds {', '.join(map(str, checkpoint)) or 'nothing'})"
+            f" (it holds {named or 'nothing'})"
         )
     states = {name: _clean(checkpoint[name]) for name in NETWORKS}
     config = _read_config(path, states["encoder"], states["predictor"], num_heads)
-    with torch.device("meta"):  # every weight comes from the file: initialise none
-        model = IJEPA(config)
+    model = _without_weights(config)
     mismatches = [
         mismatch
         for name, ours in NETWORKS.items()
@@ -61,6 +67,55 @@ def load_official(path: str | os.PathLike, *, num_heads: int | None = None) -> I
     for name, ours in NETWORKS.items():
         model.get_submodule(ours).load_state_dict(states[name], assign=True)
     return model
+
+
+def load_run(path: str | os.PathLike) -> IJEPA:
+    """All three networks of a run of this program.
+
+    Args:
+        path: the run's folder (its latest checkpoint is taken) or one of its checkpoints.
+
+    Raises:
+        CheckpointError: nothing there, or something damaged or foreign.
+        ValueError: settings that this version does not know.
+    """
+    checkpoint = load_checkpoint(path)
+    model = _without_weights(saved_recipe(checkpoint, None).model)
+    try:
+        # Copies: the checkpoint's are mapped from its file.
+        weights = {name: tensor.clone() for name, tensor in checkpoint.weights.items()}
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit its own settings: {error}") from None
+    return model
+
+
+def _without_weights(config: ModelConfig) -> IJEPA:
+    """The networks with nothing initialised: every weight will come from a file."""
+    with torch.device("meta"):
+        model = IJEPA(config)
+    for encoder in (model.context_encoder, model.target_encoder):
+        for name in ("image_mean", "image_std"):  # what no file holds
+            setattr(encoder, name, torch.tensor(getattr(config, name), dtype=torch.float32))
+    return model
+
+
+def _refuse_own(path: Path) -> None:
+    """Raise ValueError where the path is a run of this program or a part of one."""
+    folder = path if path.is_dir() else path.parent
+    of_a_run = (folder / METADATA).exists() or (folder / "checkpoints").is_dir()
+    if path.is_dir() and not of_a_run:
+        raise ValueError(f"{path} is a folder: give the .pth.tar file of a released checkpoint")
+    if path.is_dir() or (of_a_run and path.suffix == ".safetensors"):
+        raise ValueError(
+            f"{path} is a checkpoint of this program, not a released one: "
+            f"ijepa.load_run({str(folder)!r}) opens it"
+        )
+    if path.suffix == ".safetensors" and path.is_file():
+        raise ValueError(
+            f"{path} holds tensors without their settings: of a checkpoint of this program give "
+            "the whole folder to ijepa.load_run; released checkpoints are .pth.tar files"
+        )
 
 
 def _read(path: Path) -> Mapping:

@@ -72,6 +72,19 @@ def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
     )
 
 
+def panel_line(done: int, panel: Panel) -> str:
+    """The panel in one line."""
+    if panel.not_finite:
+        return f"step {done}: target features of {panel.not_finite} images are not finite"
+    knn = ""
+    if panel.knn is not None and panel.knn_guessing is not None:
+        knn = f"  kNN {100 * panel.knn:.1f} % (guessing {100 * panel.knn_guessing:.1f} %)"
+    return (
+        f"step {done}: effective rank {panel.effective_rank:.1f}  std {panel.feature_std:.3f}  "
+        f"cosine {panel.cosine:.3f}{knn}"
+    )
+
+
 def effective_rank(features: Tensor) -> float:
     """RankMe of (n, D): exp of the entropy of the normalised singular values.
 

@@ -143,6 +143,11 @@ def _tables() -> dict[str, type]:
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """Values of a recipe file laid over those of its base, and the file's name for messages."""
+    if Path(name_or_path).is_dir() and name_or_path not in recipe_names():
+        raise ValueError(
+            f"{name_or_path} is a folder, not a recipe: images are given by "
+            f"--data.path {name_or_path}, runs by --resume {name_or_path}"
+        )
     if _is_path(name_or_path):
         source = Path(name_or_path)
         if not source.is_file():

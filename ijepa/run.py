@@ -34,7 +34,7 @@ from ijepa.evaluate.features import encoder_features
 from ijepa.mask_batch import MaskBatch
 from ijepa.mask_sampler import plan_capacities
 from ijepa.metrics import MetricsWriter
-from ijepa.monitor import Panel, collapse_panel
+from ijepa.monitor import collapse_panel, panel_line
 from ijepa.plan import flops_per_image, known_gpu
 from ijepa.progress import RunProgress, telling
 from ijepa.recipes import recipe_to_dict
@@ -46,8 +46,8 @@ from ijepa.report import (
     write_report,
     write_summary,
 )
-from ijepa.resume import resume_command, run_folder_of
-from ijepa.run_folder import RECIPE, put_back, take_away
+from ijepa.resume import run_folder_of
+from ijepa.run_folder import RECIPE, check_unused, new_run_folder, put_back, take_away
 from ijepa.run_lock import RunLock
 from ijepa.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
@@ -515,52 +515,6 @@ def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | N
         return None
     flops = flops_per_image(recipe, components.micro_batch_size(recipe))
     return distributed.world_size() * gpu.teraflops * 1e12 / flops
-
-
-def new_run_folder(recipe: Recipe) -> Path:
-    """Make train.output, or the first free runs/<name>-<number>.
-
-    A train.output whose run ended before its first checkpoint is taken again.
-
-    Raises:
-        ValueError: train.output holds a run already.
-    """
-    if recipe.train.output is not None:
-        folder = Path(recipe.train.output)
-        check_unused(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    number = 1
-    while True:
-        folder = Path("runs") / f"{recipe.name}-{number:03d}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
-def check_unused(folder: Path) -> None:
-    """Raise ValueError where a run could go on from the folder."""
-    if holds_checkpoint(folder):
-        raise ValueError(
-            f"{folder} holds a run already: continue it with `{resume_command(folder)}`"
-            " or choose another train.output"
-        )
-
-
-def panel_line(done: int, panel: Panel) -> str:
-    """The panel in one line."""
-    if panel.not_finite:
-        return f"step {done}: target features of {panel.not_finite} images are not finite"
-    knn = ""
-    if panel.knn is not None and panel.knn_guessing is not None:
-        knn = f"  kNN {100 * panel.knn:.1f} % (guessing {100 * panel.knn_guessing:.1f} %)"
-    return (
-        f"step {done}: effective rank {panel.effective_rank:.1f}  std {panel.feature_std:.3f}  "
-        f"cosine {panel.cosine:.3f}{knn}"
-    )
 
 
 def random_states() -> dict[str, Tensor]:

@@ -6,13 +6,59 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from ijepa.checkpoint import holds_checkpoint
+from ijepa.config import Recipe
 from ijepa.disk import write_whole
 from ijepa.metrics import FILE_NAME as METRICS
 from ijepa.metrics import MetricsWriter
+from ijepa.resume import resume_command
 from ijepa.run_lock import FILE_NAME as LOCK
 from ijepa.run_lock import RunLock
 
 RECIPE = "recipe.json"
+
+
+def new_run_folder(recipe: Recipe) -> Path:
+    """Make train.output, or the first free runs/<name>-<number>.
+
+    A train.output whose run ended before its first checkpoint is taken again.
+
+    Raises:
+        ValueError: train.output holds a run already, is the folder of the images, or cannot be
+            made.
+    """
+    if recipe.train.output is not None:
+        folder = Path(recipe.train.output)
+        check_unused(folder)
+        images = recipe.data.path
+        if images is not None and folder.resolve() == Path(images).expanduser().resolve():
+            raise ValueError(
+                f"train.output {folder} is the folder of the images, and the run's pictures would "
+                "be counted among them: choose another, or leave it out"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"train.output {folder} cannot be made: {error.strerror}") from None
+        return folder
+    number = 1
+    while True:
+        folder = Path("runs") / f"{recipe.name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ValueError where a run could go on from the folder."""
+    if holds_checkpoint(folder):
+        raise ValueError(
+            f"{folder} holds a run already: continue it with `{resume_command(folder)}`"
+            " or choose another train.output"
+        )
 
 
 def take_away(folder: Path, keep_itself: bool) -> None:

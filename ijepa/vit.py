@@ -302,7 +302,17 @@ class Encoder(nn.Module):
 
     def _embed(self, images: Tensor, ids: Tensor | None, packing: Packing | None):
         """Tokens (T, D) of the patches in question, and their packing."""
+        if images.ndim != 4 or images.shape[1] != self.image_mean.shape[0]:
+            raise ValueError(
+                f"images must have shape (B, {self.image_mean.shape[0]}, H, W), "
+                f"got {tuple(images.shape)}"
+            )
         raw = images.dtype == torch.uint8
+        if not (raw or images.is_floating_point()):
+            raise ValueError(
+                "images must be uint8, 0 to 255, or floating point and normalised, "
+                f"got {images.dtype}"
+            )
         proj = self.patch_embed.proj
         x = embed_visible_patches(
             images,

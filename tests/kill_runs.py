@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100, help="of a run, a multiple of 5")
+    parser.add_argument("--steps", type=int, default=250, help="of a run, a multiple of 5")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_runs_"))
     print(f"runs are in {folder}", flush=True)

@@ -70,7 +70,7 @@ def test_mistakes_are_named_before_any_data_is_touched(arguments, expected, tmp_
         (["--model.loss", "l1"], ["l1", "smooth_l1", "l2"]),
         (["--train.steps", "many"], ["--train.steps", "many"]),
         (["--model.width", "98"], ["width must be a multiple of 4, got 98"]),
-        (["--data.path", "x"], ["path = 'x' needs data.source = \"folder\""]),
+        (["--data.path", "x", "--data.source", "shapes"], ["path = 'x' needs data.source"]),
     ],
 )
 def test_bad_values_are_explained(arguments, expected, tmp_path, capsys):

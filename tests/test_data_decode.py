@@ -4,14 +4,17 @@ import importlib.util
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from ijepa.data.decode import EncodedImage, ImageError
+from ijepa.data.pillow_pixels import pillow_pixels
 
 PHOTOS = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images"
 
@@ -199,3 +202,85 @@ def test_decoders_say_nothing_on_the_terminal(photo, capfd, recwarn):
     assert not recwarn.list
     os.write(2, b"heard again")
     assert capfd.readouterr().err == "heard again"
+
+
+def with_chunk_last(png: bytes, kind: bytes, body: bytes) -> bytes:
+    """A PNG with a further chunk between its pixels and its end."""
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return png[:-12] + chunk + png[-12:]
+
+
+def test_opening_decodes_no_pixels(photo, monkeypatch):
+    """256 images are open at once; for PNG, Pillow reads the pixels to get at the EXIF data."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = {
+        "plain": encode(photo, "PNG"),
+        "exif before": encode(photo, "PNG", exif=exif),
+        "exif after": with_chunk_last(encode(photo, "PNG"), b"eXIf", exif.tobytes()[6:]),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+        opened = {name: EncodedImage(content) for name, content in data.items()}
+    assert [(image.height, image.width) for image in opened.values()] == [
+        (107, 160), (160, 107), (160, 107),
+    ]  # fmt: skip
+    upright = np.rot90(np.asarray(photo), 3)
+    for name in ("exif before", "exif after"):
+        np.testing.assert_array_equal(opened[name].decode(), upright)
+        np.testing.assert_array_equal(opened[name].decode(), upright)  # and again
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "I;16", "F", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bands_are_the_whole(photo, monkeypatch, mode, channels):
+    if mode in ("I;16", "F"):
+        values = np.asarray(photo)[..., 0].astype(np.uint16 if mode == "I;16" else np.float32)
+        image = Image.fromarray(values * (200 if mode == "I;16" else 1))
+    elif mode == "P":
+        image = photo.quantize(16)
+        image.info["transparency"] = bytes(range(0, 256, 16)) + bytes([255] * 240)
+    else:
+        image = photo.convert(mode)
+        if mode in ("LA", "RGBA"):
+            image.putalpha(photo.convert("L").rotate(90).resize(photo.size))
+    whole = pillow_pixels(image, channels)
+    monkeypatch.setattr("ijepa.data.pillow_pixels._BAND", 160 * 16)  # seven of them
+    np.testing.assert_array_equal(pillow_pixels(image, channels), whole)
+    monkeypatch.setattr("ijepa.data.pillow_pixels.LARGE", 1000)
+    reduced = pillow_pixels(image, channels, reduce=4)
+    assert reduced.shape == (27, 40, channels)
+    picture = Image.fromarray(whole.squeeze()).reduce(4)
+    np.testing.assert_array_equal(reduced.squeeze(), np.asarray(picture))
+
+
+def test_small_images_are_not_reduced(photo):
+    assert EncodedImage(encode(photo, "PNG")).decode(reduce=8).shape == (107, 160, 3)
+
+
+MEMORY_OF_ONE = """
+import resource, sys
+from ijepa.data.decode import EncodedImage
+data = open(sys.argv[1], "rb").read()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+before = peak()
+image = EncodedImage(data)
+pixels = image.decode(reduce=8)
+assert pixels.shape == (875, 875, 3), pixels.shape
+print(peak() - before)
+"""
+
+
+def test_one_image_costs_no_more_than_its_pixels_in_pillow(tmp_path):
+    """49 million with alpha took 1.1 GB; Pillow's own pixels are 196 MB of it."""
+    Image.new("RGBA", (7000, 7000), (10, 20, 30, 128)).save(tmp_path / "large.png")
+    command = [sys.executable, "-c", MEMORY_OF_ONE, str(tmp_path / "large.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert float(done.stdout) < 300, done.stdout + done.stderr
+
+
+def test_what_is_decoded_whole_has_a_lower_limit(monkeypatch, photo):
+    monkeypatch.setattr("ijepa.data.decode.MAX_WHOLE_PIXELS", 160 * 107 - 1)
+    with pytest.raises(ImageError, match="more than the limit of 17119: make it smaller or a JPEG"):
+        EncodedImage(encode(photo, "PNG"))
+    assert EncodedImage(encode(photo, "JPEG")).decode().shape == (107, 160, 3)

@@ -375,3 +375,19 @@ def test_a_slow_panel_is_broken_off(tmp_path, monkeypatch):
     assert cli.main(["pretrain", "--resume", "run"]) == 0
     panels = [line["step"] for line in read_metrics(tmp_path / "run") if "cosine" in line]
     assert panels == [0, 5, 10, 12]
+
+
+def test_a_reader_that_goes_away_ends_no_run(tmp_path):
+    """`ijepa pretrain | head -1`: the run ended there, with nothing saved and nothing said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ijepa.cli", "pretrain", *small_arguments("run", monitor__every=2)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": IMPORTS},
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("step 0: effective rank")
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == 0, told
+    assert "the run goes on without" in told and "Traceback" not in told
+    assert load_checkpoint(tmp_path / "run").step == 12
+    assert (tmp_path / "run" / "summary.md").exists()

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import small_recipe
 
-from ijepa import IJEPA, VIT_SIZES, ModelConfig, load_official
+from ijepa import IJEPA, VIT_SIZES, ModelConfig, load_official, load_run
+from ijepa.checkpoint import CheckpointError, load_checkpoint
+from ijepa.pretrain import pretrain
 
 RELEASED = Path(__file__).parent / "data" / "tiny_a.pth.tar"
 
@@ -37,6 +40,16 @@ def test_sizes_are_read_off_the_tensors(checkpoint):
         "context_encoder.pos_embed",
         "predictor.predictor_pos_embed",
     }
+
+
+def test_a_released_encoder_takes_images_as_decoded():
+    """Once the statistics of pixels stayed on the meta device."""
+    model = load_official(RELEASED, num_heads=4)
+    statistics = model.config.image_mean, model.config.image_std
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in statistics)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = model.target_encoder((images / 255 - mean) / std)
+    torch.testing.assert_close(model.target_encoder(images), features)
 
 
 def test_heads_follow_from_a_known_width_only(checkpoint, tmp_path):
@@ -120,3 +133,49 @@ def test_code_in_a_checkpoint_is_not_run(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="is damaged or no PyTorch"):
         load_official(saved(checkpoint | {"opt": Payload(trace)}, tmp_path), num_heads=4)
     assert not trace.exists()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "cache"))
+    pretrain(small_recipe(tmp_path / "run", train__steps=2))
+    return tmp_path / "run"
+
+
+def test_a_run_is_opened_by_its_folder_or_a_checkpoint(run):
+    checkpoint = load_checkpoint(run)
+    for path in (run, str(run), checkpoint.path):
+        model = load_run(path)
+        state = model.state_dict()
+        assert set(state) == set(checkpoint.weights)
+        assert all(torch.equal(state[name], value) for name, value in checkpoint.weights.items())
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (model.config.image_mean, model.config.image_std)
+    )
+    features = model.target_encoder(images)
+    torch.testing.assert_close(model.target_encoder((images / 255 - mean) / std), features)
+    assert features.shape == (2, 16, 16)
+    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+        load_run(run.parent)
+
+
+def test_a_run_is_no_released_checkpoint_and_what_opens_it_is_said(run, tmp_path):
+    folder = load_checkpoint(run).path
+    for path, opened in ((run, run), (folder, folder), (folder / "weights.safetensors", folder)):
+        with pytest.raises(ValueError, match="is a checkpoint of this program") as error:
+            load_official(path)
+        assert str(error.value).endswith(f"ijepa.load_run({str(opened)!r}) opens it")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((folder / "weights.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"without their settings.*ijepa\.load_run") as error:
+        load_official(alone)
+    assert "blocks.0" not in str(error.value)
+    with pytest.raises(ValueError, match="is a folder: give the"):
+        load_official(tmp_path)
+
+
+def test_of_a_foreign_file_a_few_names_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"it holds layer0, .*layer7, \.\.\. \(50\)\)") as error:
+        load_official(saved({f"layer{n}": torch.zeros(1) for n in range(50)}, tmp_path))
+    assert "layer8" not in str(error.value)

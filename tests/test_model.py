@@ -310,3 +310,17 @@ def test_names_are_the_released_ones():
         "predictor_norm.weight", "predictor_norm.bias", "predictor_proj.weight",
         "predictor_proj.bias",
     } | {f"predictor_blocks.{i}.{name}" for i in range(2) for name in block}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 18), (2, 16, 18, 2), (2, 1, 16, 18)])
+def test_an_encoder_names_the_shape_it_takes(shape):
+    encoder = IJEPA(CONFIG).target_encoder
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 2, H, W\), got "):
+        encoder(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_an_encoder_takes_no_other_whole_numbers():
+    """They were taken for normalised images."""
+    encoder = IJEPA(CONFIG).target_encoder
+    with pytest.raises(ValueError, match="must be uint8, 0 to 255, or floating point"):
+        encoder(torch.zeros(1, 2, 16, 18, dtype=torch.int64))

@@ -275,3 +275,38 @@ def test_unreadable_images_are_counted_beyond_the_list(tmp_path, capsys):
     assert told in " ".join(capsys.readouterr().out.split())
     summary = (tmp_path / "run" / "summary.md").read_text()
     assert told in summary and "- and 10 more" in summary
+
+
+# Folders that are mistaken for one another.
+
+
+@pytest.mark.parametrize("name", ["photos", "./photos"])
+def test_a_folder_in_the_place_of_a_recipe(tmp_path, capsys, name):
+    photographs(tmp_path / "photos", 3)
+    assert cli.main(["pretrain", name]) == 1
+    assert f"images are given by --data.path {name}, runs by" in capsys.readouterr().err
+
+
+def test_a_run_beside_its_images_adds_none_to_them(tmp_path):
+    """`--data.path .`, where runs/ is: its curves were images of the next run, and a resumed run
+    was refused as one on other data."""
+    photographs(tmp_path, 12, classes=1)
+    settings = {"data__source": "folder", "data__path": "."}
+    for folder in ("runs/a", "runs/b"):
+        pretrain(small_recipe(folder, **settings, train__steps=2))
+        assert load_checkpoint(folder).metadata["data"]["images"] == 12
+    assert cli.main(["pretrain", "--resume", "runs/a", "--train.steps", "3"]) == 0
+
+
+def test_the_folder_of_the_images_is_no_output(tmp_path, capsys):
+    settings = photographs(tmp_path / "photos", 12)
+    assert cli.main(["pretrain", *small_arguments("photos/.", **settings)]) == 1
+    assert "is the folder of the images" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["class-0", "class-1"]
+
+
+def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+        assert cli.main(["pretrain", *small_arguments(output)]) == 1
+        assert f"train.output {output} cannot be made: {reason}" in capsys.readouterr().err

@@ -21,6 +21,9 @@ EXTENSIONS = frozenset(
 )
 
 
+_RUN_FILES = {"recipe.json", "metrics.jsonl"}
+
+
 def folder_source(
     path: str | os.PathLike,
     *,
@@ -32,8 +35,8 @@ def folder_source(
 
     If all images lie in two or more folders below `path`, each first-level folder is a class of
     the task "class". Otherwise there are no labels. Hidden files and folders are skipped, links
-    are followed. FIFOs, sockets and devices are never opened, whatever they are called; `left_out`
-    of the source names them.
+    are followed. Folders of runs are left out: their curves are no training images. FIFOs, sockets
+    and devices are never opened, whatever they are called; `left_out` of the source names them.
 
     Raises:
         ValueError: no such folder, or no image in it; the message says what to try.
@@ -70,6 +73,9 @@ def _scan(root: Path) -> tuple[list[str], Counter, list[str]]:
             folders.clear()
             continue
         visited.add(real)
+        if folder != str(root) and set(files) >= _RUN_FILES:
+            folders.clear()
+            continue
         # In order, so that of two links to one folder it is always the same that counts.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = os.path.relpath(folder, root)
