@@ -135,7 +135,8 @@ def test_bfloat16_gradients_with_either_kind_of_product(product_dtype, monkeypat
 @pytest.mark.parametrize("bounds", [[1, 4], [0, 5, 3], [0, 22]], ids=str)
 def test_bad_bounds_are_named(bounds):
     qkv, bounds = torch.randn(21, 3, 2, 8), torch.tensor(bounds, dtype=torch.int32)
-    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to at most 21"):
+    message = "cu_seqlens must start at 0, not decrease and end within the 21 rows"
+    with pytest.raises(ValueError, match=message):
         varlen_attention_qkvpacked(qkv, bounds, 9)
 
 
@@ -150,8 +151,8 @@ def test_bad_shapes_are_named():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"softmax_scale": -0.5}, "softmax_scale must be positive, got -0.5"),
-        ({"softmax_scale": float("nan")}, "softmax_scale must be positive, got nan"),
+        ({"softmax_scale": -0.5}, "softmax_scale must be positive and finite, got -0.5"),
+        ({"softmax_scale": float("nan")}, "softmax_scale must be positive and finite, got nan"),
         ({"max_seqlen": -1}, "max_seqlen must not be negative, got -1, -1"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens_q must be one of int32, int64"),
         ({"cu_seqlens": cu([9])[None]}, r"cu_seqlens_q must have shape \(S \+ 1,\), got \(1, 2\)"),

@@ -30,6 +30,11 @@ class Side(NamedTuple):
     max_seqlen: int
     packing: Packing | None
 
+    @property
+    def suffix(self) -> str:
+        """What its arguments' names end in."""
+        return f"_{self.name}" if self.name else ""
+
 
 def check_attention(head_dim: int, softmax_scale: float | None, *sides: Side) -> None:
     """Raise ValueError for a head dim, scale or sequences that a kernel could not take."""
@@ -72,7 +77,7 @@ def reads_values(cu_seqlens: Tensor) -> bool:
 def check_sequences(side: Side) -> None:
     """Raise ValueError unless the sequences lie in the rows, keep to `max_seqlen` and are those of
     the packing. Reads the values of `cu_seqlens`."""
-    suffix = f"_{side.name}" if side.name else ""
+    suffix = side.suffix
     bounds = tuple(side.cu_seqlens.tolist())
     ordered, longest = _summary(bounds)
     if not ordered or not bounds or bounds[-1] > side.rows:

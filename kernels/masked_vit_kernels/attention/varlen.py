@@ -197,17 +197,12 @@ def varlen_attention(
             their bound or are not the packing's: on the CPU; on a GPU where
             MASKED_VIT_KERNELS_CHECK=1 lets them be looked at, else they are not noticed.
     """
-    query_side = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
-    key_side = Side("k", k.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
-    check_attention(q.shape[-1], softmax_scale, query_side, key_side)
     check_shape("q", q, (None, None, None), "(Tq, H, D)")
     check_shape("k", k, (None, *q.shape[1:]), f"(Tk, {q.shape[1]}, {q.shape[2]})")
     check_shape("v", v, k.shape, f"{tuple(k.shape)} like k")
-    queries = Sequences.of(cu_seqlens_q, max_seqlen_q, packing_q)
-    keys = Sequences.of(cu_seqlens_k, max_seqlen_k, packing_k)
-    _check_packing("packing_q", packing_q, q.shape[0], max_seqlen_q)
-    _check_packing("packing_k", packing_k, k.shape[0], max_seqlen_k)
-    return _attend((q, k, v), queries, keys, softmax_scale, return_lse)
+    queries = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
+    keys = Side("k", k.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
+    return _attend((q, k, v), (queries, keys), softmax_scale, return_lse)
 
 
 def varlen_attention_qkvpacked(
@@ -220,12 +215,9 @@ def varlen_attention_qkvpacked(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of qkv (T, 3, H, D), whose gradient is one (T, 3, H, D) buffer."""
-    side = Side("", qkv.shape[0], cu_seqlens, max_seqlen, packing)
-    check_attention(qkv.shape[-1], softmax_scale, side)
     check_shape("qkv", qkv, (None, 3, None, None), "(T, 3, H, D)")
-    _check_packing("packing", packing, qkv.shape[0], max_seqlen)
-    both = Sequences.of(cu_seqlens, max_seqlen, packing)
-    return _attend((qkv,), both, both, softmax_scale, return_lse)
+    both = Side("", qkv.shape[0], cu_seqlens, max_seqlen, packing)
+    return _attend((qkv,), (both,), softmax_scale, return_lse)
 
 
 def varlen_attention_kvpacked(
@@ -242,30 +234,34 @@ def varlen_attention_kvpacked(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of q (Tq, H, D) and kv (Tk, 2, H, D), whose gradient is one buffer."""
-    query_side = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
-    key_side = Side("k", kv.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
-    check_attention(q.shape[-1], softmax_scale, query_side, key_side)
     check_shape("q", q, (None, None, None), "(Tq, H, D)")
     check_shape("kv", kv, (None, 2, *q.shape[1:]), f"(Tk, 2, {q.shape[1]}, {q.shape[2]})")
-    queries = Sequences.of(cu_seqlens_q, max_seqlen_q, packing_q)
-    keys = Sequences.of(cu_seqlens_k, max_seqlen_k, packing_k)
-    _check_packing("packing_q", packing_q, q.shape[0], max_seqlen_q)
-    _check_packing("packing_k", packing_k, kv.shape[0], max_seqlen_k)
-    return _attend((q, kv), queries, keys, softmax_scale, return_lse)
+    queries = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
+    keys = Side("k", kv.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
+    return _attend((q, kv), (queries, keys), softmax_scale, return_lse)
 
 
 def _attend(
     inputs: tuple[Tensor, ...],
-    queries: Sequences,
-    keys: Sequences,
+    sides: tuple[Side, ...],
     softmax_scale: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Behind the public functions: (qkv,), (q, kv) or (q, k, v), checked here and dispatched."""
+    """Behind the public functions: (qkv,), (q, kv) or (q, k, v), checked here and dispatched.
+
+    sides: of the queries and of the keys, or one for both.
+    """
+    queries, keys = (
+        Sequences.of(side.cu_seqlens, side.max_seqlen, side.packing)
+        for side in (sides[0], sides[-1])
+    )
     x, y, z = inputs[0], *(*inputs[1:], None, None)[:2]
     q, k, _ = _split(x, y, z)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    for side in sides:
+        _check_packing(side)
     _check(inputs, q, k, queries, keys)
+    check_attention(q.shape[2], softmax_scale, *sides)
     if not runs_kernels(q.device):
         out, lse = cpu_attention.attend(inputs, queries.cu_seqlens, keys.cu_seqlens, scale)
         return (out, lse) if return_lse else out
@@ -316,9 +312,12 @@ def _check(
         )
 
 
-def _check_packing(name: str, packing: Packing | None, rows: int, max_seqlen: int) -> None:
-    if packing is not None and (packing.capacity != rows or packing.max_seqlen > max_seqlen):
+def _check_packing(side: Side) -> None:
+    packing = side.packing
+    if packing is None:
+        return
+    if packing.capacity != side.rows or packing.max_seqlen > side.max_seqlen:
         raise ValueError(
-            f"{name} describes {packing.capacity} rows in sequences up to {packing.max_seqlen}, "
-            f"got {rows} rows and max_seqlen {max_seqlen}"
+            f"packing{side.suffix} describes {packing.capacity} rows in sequences up to "
+            f"{packing.max_seqlen}, got {side.rows} rows and max_seqlen {side.max_seqlen}"
         )

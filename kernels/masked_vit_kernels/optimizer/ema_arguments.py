@@ -76,7 +76,7 @@ def match_by_name(
 
 
 def _named_tensors(module: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    named = list(module.named_parameters())
+    named: list[tuple[str, Tensor]] = list(module.named_parameters())
     if buffers:
         named += module.named_buffers()
     return {_plain_name(name): tensor for name, tensor in named}
