@@ -11,8 +11,8 @@
 #
 # Each part has a time limit of its own; one that fails, hangs or is cut does not keep the next from
 # running, and what it has filed stays: results are written table by table. BENCH_SECONDS is the time
-# of the whole call: a part gets what is left of it. What compiles long (the step) compiles beside the
-# tests, when nothing is timed.
+# of the whole call: a part gets what is left of it, and at most PART_SECONDS. What compiles long (the
+# step) compiles beside the tests, when nothing is timed.
 #
 # OUT gets few files: summary.txt, log.txt, tests.txt, RESULTS.md (the goals first), profile.json,
 # results/*.json. summary.txt ends with the GPU tests that never ran, by number.
@@ -63,6 +63,7 @@ part() {  # part NAME SECONDS COMMAND...
         return 0
     fi
     ((limit < left)) || limit=$left
+    ((limit < ${PART_SECONDS:-$limit})) || limit=${PART_SECONDS:-$limit}
     printf '\n======== %s: %s\n' "$name" "$*" >>"$OUT/log.txt"
     # an interrupt lets pytest write its summary
     timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$OUT/log.txt" 2>&1
@@ -87,6 +88,7 @@ compile_beside() {  # compile_beside NAME SECONDS ARGUMENTS...: fills the compil
     local name=$1 limit=$2
     shift 2
     if [ "$DRY" = --dry ] || ! chosen "$name"; then return 0; fi
+    limit=${PART_SECONDS:-$limit}
     BENCH_RESULTS="$SCRATCH" BENCH_ROUNDS=1 timeout --kill-after=10 "$limit" "$PYTHON" -m pytest -q -s \
         "$@" >"$SCRATCH/$name-$RANDOM.log" 2>&1 &
 }

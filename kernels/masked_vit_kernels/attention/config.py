@@ -117,7 +117,9 @@ def backward_plan(
     if capability == 90 and head_dim > 64:
         # Triton 3.6 miscompiles dq of the unpipelined two-phase program there (D=80 and 88 wrong on
         # an H200, or an illegal address); the pipelined launches are right.
-        over = _flash(AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 64, 4, 2))
+        # The tiles of D=80 spill at D=88.
+        keys = AttentionConfig(64, 64, 4, 2) if head_dim <= 80 else AttentionConfig(64, 128, 8, 2)
+        over = _flash(AttentionConfig(64, 64, 4, 2), keys)
         return (
             *(dataclasses.replace(step, keys_over=128) for step in over),
             dataclasses.replace(short, keys_up_to=128),
