@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_sampler import plan_capacities
-from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.multiblock import MultiBlockSampler
+from ijepa.masks.sampler import plan_capacities
+from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 
 BATCH_SIZE = 256
 SAMPLERS = {

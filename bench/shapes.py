@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_batch import MaskBatch
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.batch import MaskBatch
+from ijepa.masks.multiblock import MultiBlockSampler
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from importlib import import_module
 
 _MODULES = {
     "IJEPA": "model",
-    "MaskBatch": "mask_batch",
-    "MultiBlockSampler": "masks",
-    "RasterizedSampler": "mask_strategies",
-    "BlockSampler": "mask_strategies",
-    "RandomSampler": "mask_strategies",
+    "MaskBatch": "masks.batch",
+    "MultiBlockSampler": "masks.multiblock",
+    "RasterizedSampler": "masks.strategies",
+    "BlockSampler": "masks.strategies",
+    "RandomSampler": "masks.strategies",
     "Trainer": "trainer",
     "StepResult": "trainer",
     "load_official": "interop",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 
 WARM_UP_STEPS = 2
 _UNSEEN_BY_THE_STEP = ("redraws", "fallbacks")  # counters for the log

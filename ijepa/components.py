@@ -19,9 +19,9 @@ from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource
 from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted
-from ijepa.mask_sampler import MaskSampler, plan_capacities
-from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.multiblock import MultiBlockSampler
+from ijepa.masks.sampler import MaskSampler, plan_capacities
+from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 from ijepa.model import IJEPA
 from ijepa.progress import telling
 

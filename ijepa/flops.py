@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ijepa.config import ModelConfig
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from ijepa.disk import write_whole
 from ijepa.divergence import TooManySkips, WeightsNotFinite, check_finite
 from ijepa.evaluate.closing import ProbesNotFitted, closing_table
 from ijepa.evaluate.features import encoder_features
-from ijepa.mask_batch import MaskBatch
-from ijepa.mask_sampler import plan_capacities
+from ijepa.masks.batch import MaskBatch
+from ijepa.masks.sampler import plan_capacities
 from ijepa.metrics import MetricsWriter
 from ijepa.monitor import collapse_panel, panel_line
 from ijepa.plan import flops_per_image, known_gpu

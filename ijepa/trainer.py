@@ -18,7 +18,7 @@ from torch import Tensor
 from ijepa.captured import CapturedStep, layout_of
 from ijepa.config import OptimConfig, ScheduleConfig
 from ijepa.distributed import sum_gradients, sum_over_ranks, world_size
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 from ijepa.model import IJEPA
 from ijepa.optim import apply_schedule, ema_pairs, make_optimizer
 from ijepa.schedules import schedule_at

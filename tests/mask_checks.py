@@ -3,7 +3,7 @@
 import numpy as np
 
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 
 SEED = 20240
 CONTEXT, TARGETS, PREDICTOR, UNION = range(4)  # columns of `image_sizes`

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ijepa import IJEPA, ModelConfig, MultiBlockSampler, OptimConfig, ScheduleConfig, Trainer
 from ijepa.captured import WARM_UP_STEPS, CapturedStep, layout_of, tensors_of
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_batch import MaskSizes
+from ijepa.masks.batch import MaskSizes
 
 CONFIG = ModelConfig(
     image_size=(24, 24),

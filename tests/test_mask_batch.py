@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 
 
 @pytest.mark.parametrize(

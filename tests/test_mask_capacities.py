@@ -9,10 +9,10 @@ from mask_checks import boolean_masks, draw_keys
 
 from ijepa.captured import tensors_of
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_batch import MaskSizes
-from ijepa.mask_sampler import MAX_CAPACITIES, plan_capacities
-from ijepa.mask_strategies import RandomSampler, RasterizedSampler
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.batch import MaskSizes
+from ijepa.masks.multiblock import MultiBlockSampler
+from ijepa.masks.sampler import MAX_CAPACITIES, plan_capacities
+from ijepa.masks.strategies import RandomSampler, RasterizedSampler
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 128])

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_batch import MaskBatch
-from ijepa.mask_sampler import MaskSampler, plan_capacities
-from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.batch import MaskBatch
+from ijepa.masks.multiblock import MultiBlockSampler
+from ijepa.masks.sampler import MaskSampler, plan_capacities
+from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 
 GRIDS = st.tuples(st.integers(1, 18), st.integers(1, 18))
 EXAMPLES = settings(

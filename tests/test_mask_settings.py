@@ -7,8 +7,8 @@ import pytest
 import torch
 from mask_checks import draw_keys
 
-from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.multiblock import MultiBlockSampler
+from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 
 
 def test_generator_gives_the_keys():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mask_checks import block_sides, boolean_masks, draw_keys
 
-from ijepa.mask_strategies import BlockSampler, RandomSampler, RasterizedSampler
+from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (2, 9), (5, 7)])

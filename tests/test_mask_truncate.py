@@ -7,7 +7,7 @@ import pytest
 import torch
 from mask_checks import CONTEXT, SEED, TARGETS, UNION, block_sides, boolean_masks, draw_keys
 
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.multiblock import MultiBlockSampler
 
 
 def released_masks(rng, side: int, batch_size: int):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mask_checks import CONTEXT, block_sides, boolean_masks, draw_keys
 
-from ijepa.masks import MultiBlockSampler
+from ijepa.masks.multiblock import MultiBlockSampler
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from small_runs import small_recipe
 
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 from ijepa.report import PLOTS_NOTE, RunReport, show_files, write_report
 from ijepa.visualize import draw_mask_examples
 

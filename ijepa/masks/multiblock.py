@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 
 from ijepa.counter_rng import derive_keys, random_bits
-from ijepa.mask_batch import MaskSizes
-from ijepa.mask_blocks import choose_shapes, count_patches, independent_shapes, place_blocks
-from ijepa.mask_sampler import MaskSampler, check_count, check_grid, check_range, raise_scale_error
-from ijepa.mask_truncate import TruncatedBlocks
+from ijepa.masks.batch import MaskSizes
+from ijepa.masks.blocks import choose_shapes, count_patches, independent_shapes, place_blocks
+from ijepa.masks.sampler import MaskSampler, check_count, check_grid, check_range, raise_scale_error
+from ijepa.masks.truncated import TruncatedBlocks
 
 DRAWS = 8  # draws of an image before the fallback
 MAX_FALLBACK_SHARE = 0.05  # of the images, in the constructor's trial
@@ -39,7 +39,7 @@ class MultiBlockSampler(MaskSampler):
     are refused.
 
     `batching="truncate"`: the distribution of the released code, for parity runs; see
-    `ijepa.mask_truncate`. Here an image's masks depend on its batch.
+    `ijepa.masks.truncated`. Here an image's masks depend on its batch.
 
     `MaskBatch.fallbacks` counts the images of either fallback.
 

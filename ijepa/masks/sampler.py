@@ -22,7 +22,7 @@ import torch
 from masked_vit_kernels.packing import TILE
 
 from ijepa.counter_rng import derive_keys
-from ijepa.mask_batch import CapacityOverflow, MaskBatch, MaskSizes
+from ijepa.masks.batch import CapacityOverflow, MaskBatch, MaskSizes
 
 MAX_CAPACITIES = 4
 MAX_REDRAWS = 20
