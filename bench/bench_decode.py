@@ -19,9 +19,9 @@ from PIL import Image
 
 from ijepa.counter_rng import derive_keys
 from ijepa.data import ArraySource, RandomResizedCrop, build_loader
-from ijepa.data.augment import View, render_view
 from ijepa.data.decode import EncodedImage
-from ijepa.data.shapes import render_shapes
+from ijepa.data.procedural.shapes import render_shapes
+from ijepa.data.views import View, render_view
 
 CROPS = 32
 SIZE = (224, 224)

@@ -23,7 +23,7 @@ from ijepa import IJEPA, Trainer
 from ijepa.components import build_mask_sampler
 from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys
-from ijepa.data.shapes import render_shapes
+from ijepa.data.procedural.shapes import render_shapes
 from ijepa.recipes import load_recipe
 
 RUNS = {  # label -> precision, residual stream

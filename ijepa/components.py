@@ -15,9 +15,9 @@ from ijepa import distributed
 from ijepa.config import MaskConfig, Recipe
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data import build_source, load_batch
-from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource
+from ijepa.data.views import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted
 from ijepa.masks.multiblock import MultiBlockSampler
 from ijepa.masks.sampler import MaskSampler, plan_capacities

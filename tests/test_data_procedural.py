@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa.data import procedural_source, scene_layout, scenes, shapes
-from ijepa.data.scene_layout import draw_layouts, scene_labels
-from ijepa.data.scenes import render_scenes
-from ijepa.data.shapes import render_shapes, shape_labels
+from ijepa.data import procedural_source
+from ijepa.data.procedural import scene_layout, scenes, shapes
+from ijepa.data.procedural.scene_layout import draw_layouts, scene_labels
+from ijepa.data.procedural.scenes import render_scenes
+from ijepa.data.procedural.shapes import render_shapes, shape_labels
 
 SIZE = (32, 32)
 
@@ -185,7 +186,7 @@ def test_two_processes_may_render_at_once(tmp_path):
 
 def test_large_sets_stay_on_disk(tmp_path, monkeypatch):
     in_memory = procedural_source("shapes", num_images=12, cache_dir=tmp_path)
-    monkeypatch.setattr("ijepa.data.cache._MEMORY_LIMIT", 1000)
+    monkeypatch.setattr("ijepa.data.procedural.dataset._MEMORY_LIMIT", 1000)
     on_disk = procedural_source("shapes", num_images=12, cache_dir=tmp_path)
     np.testing.assert_array_equal(on_disk.open(7).decode(), in_memory.images[7])
     assert on_disk.labels["shape"].tolist() == in_memory.labels["shape"].tolist()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ijepa.counter_rng import derive_keys
-from ijepa.data.augment import Transform, render_view
 from ijepa.data.decode import ImageError
 from ijepa.data.sources import ImageSource, OpenedImage
+from ijepa.data.views import Transform, render_view
 
 _REPLACEMENT_STREAM = 0x5EB57
 _MAX_REPLACEMENTS = 50

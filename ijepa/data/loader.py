@@ -26,9 +26,9 @@ import torch.utils.data
 from torch import Tensor
 
 from ijepa.counter_rng import derive_keys, random_bits
-from ijepa.data.augment import Transform
 from ijepa.data.batch import batch_labels, load_batch
 from ijepa.data.sources import ImageSource
+from ijepa.data.views import Transform
 from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3

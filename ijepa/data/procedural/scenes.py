@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ijepa.data.scene_layout import BOUNDING, COLOURS, FIELD_OF_VIEW, Layouts, draw_layouts
+from ijepa.data.procedural.scene_layout import (
+    BOUNDING,
+    COLOURS,
+    FIELD_OF_VIEW,
+    Layouts,
+    draw_layouts,
+)
 
 VERSION = 1
 _FLOOR = np.array([0.50, 0.49, 0.48], dtype=np.float32)  # linear reflectance

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ijepa.data import scene_layout, scenes, shapes
+from ijepa.data.procedural import scene_layout, scenes, shapes
 from ijepa.data.sources import ArraySource, FileSource
 from ijepa.disk import not_written
 
