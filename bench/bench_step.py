@@ -46,8 +46,8 @@ from without_kernels import WithoutKernels
 
 from ijepa import IJEPA, MaskBatch, ModelConfig, MultiBlockSampler
 from ijepa.config import VIT_SIZES
+from ijepa.cost.flops import count_tokens, step_flops
 from ijepa.counter_rng import derive_keys
-from ijepa.flops import count_tokens, step_flops
 from ijepa.masks.sampler import plan_capacities
 
 

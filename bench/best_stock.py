@@ -26,8 +26,8 @@ from released_style import (
 from torch import Tensor
 
 from ijepa import IJEPA, MaskBatch
-from ijepa.captured import CapturedStep
-from ijepa.optim import ema_pairs, parameter_groups
+from ijepa.train.cuda_graph import CapturedStep
+from ijepa.train.optim import ema_pairs, parameter_groups
 from ijepa.vit import Block
 
 

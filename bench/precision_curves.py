@@ -20,11 +20,11 @@ from timing import RESULTS, device_name
 from torch import Tensor
 
 from ijepa import IJEPA, Trainer
-from ijepa.components import build_mask_sampler
 from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys
 from ijepa.data.procedural.shapes import render_shapes
 from ijepa.recipes import load_recipe
+from ijepa.train.from_recipe import build_mask_sampler
 
 RUNS = {  # label -> precision, residual stream
     "fp32": ("fp32", "fp32"),

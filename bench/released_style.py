@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa import IJEPA, MaskBatch
-from ijepa.optim import ema_pairs, parameter_groups
+from ijepa.train.optim import ema_pairs, parameter_groups
 from ijepa.vit import Attention, Block, Encoder
 
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996

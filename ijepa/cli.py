@@ -90,10 +90,10 @@ def pretrain_command(arguments: list[str]) -> int:
         checkpoint = None
 
     # torch is not needed to refuse a bad setting
-    from ijepa.distributed import launched_rank
-    from ijepa.pretrain import pretrain
-    from ijepa.progress import RunConsole
-    from ijepa.resume import resume_command
+    from ijepa.report.progress import RunConsole
+    from ijepa.train.distributed import launched_rank
+    from ijepa.train.pretrain import pretrain
+    from ijepa.train.resume import resume_command
 
     outcome = pretrain(recipe, checkpoint=checkpoint, console=RunConsole())
     if not outcome.finished and launched_rank() == 0:
@@ -104,7 +104,7 @@ def pretrain_command(arguments: list[str]) -> int:
 def plan_command(arguments: list[str]) -> int:
     """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
     if _asks_for_help(arguments):
-        from ijepa.plan import GPUS
+        from ijepa.cost.plan import GPUS
 
         print(PLAN_USAGE.format(gpus=", ".join(GPUS), recipes=", ".join(recipe_names())))
         return 0
@@ -121,7 +121,7 @@ def plan_command(arguments: list[str]) -> int:
     given = _given_settings(arguments)
     recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
 
-    from ijepa.plan import plan_recipe, render_plan
+    from ijepa.cost.plan import plan_recipe, render_plan
 
     plan = plan_recipe(
         recipe,
@@ -152,7 +152,7 @@ COMMANDS = {"pretrain": pretrain_command, "plan": plan_command, "doctor": doctor
 
 def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):
     """The checkpoint's recipe with the overrides a resumed run may take, and the checkpoint."""
-    from ijepa.resume import check_resumable, load_to_resume, run_folder_of, saved_recipe
+    from ijepa.train.resume import check_resumable, load_to_resume, run_folder_of, saved_recipe
 
     checkpoint = load_to_resume(Path(folder))
     run_folder = run_folder_of(checkpoint.path)

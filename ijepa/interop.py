@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ijepa.checkpoint import METADATA, CheckpointError, load_checkpoint
 from ijepa.config import VIT_SIZES, ModelConfig
 from ijepa.model import IJEPA
-from ijepa.resume import saved_recipe
+from ijepa.train.checkpoint import METADATA, CheckpointError, load_checkpoint
+from ijepa.train.resume import saved_recipe
 
 _NAMED = 8  # entries of a foreign file that are named
 

@@ -12,9 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-from ijepa import checkpoint, cli
-from ijepa.run import Run
-from ijepa.trainer import Trainer
+from ijepa import cli
+from ijepa.train import checkpoint
+from ijepa.train.run import Run
+from ijepa.train.trainer import Trainer
 
 
 def kill_in_first_save() -> None:

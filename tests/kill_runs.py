@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from small_runs import small_arguments
 
-from ijepa.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
-from ijepa.metrics import read_metrics
+from ijepa.report.metrics import read_metrics
+from ijepa.train.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
 
 SETTINGS = {"train__checkpoint_every": 1, "monitor__every": 5, "monitor__evaluate": True}
 SECONDS = 300  # after which a process that should have ended hangs

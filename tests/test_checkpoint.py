@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from ijepa import checkpoint as module
-from ijepa.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ijepa.disk import NotWritten
+from ijepa.train import checkpoint as module
+from ijepa.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 FILES = ("weights.safetensors", "trainer.safetensors", "checkpoint.json")
 

@@ -9,10 +9,10 @@ from PIL import Image
 from small_runs import SETTINGS, small_arguments, small_recipe
 
 from ijepa import cli
-from ijepa.checkpoint import load_checkpoint
-from ijepa.components import micro_batch_size
 from ijepa.config import Recipe, TrainConfig
-from ijepa.pretrain import Outcome, pretrain
+from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.from_recipe import micro_batch_size
+from ijepa.train.pretrain import Outcome, pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,12 @@ def started(monkeypatch):
         recipes.append(recipe)
         return Outcome("runs/x", finished=False)
 
-    monkeypatch.setattr("ijepa.pretrain.pretrain", record)
+    monkeypatch.setattr("ijepa.train.pretrain.pretrain", record)
     return recipes
 
 
 def test_a_batch_that_the_ranks_cannot_share(monkeypatch):
-    monkeypatch.setattr("ijepa.distributed.world_size", lambda: 3)
+    monkeypatch.setattr("ijepa.train.distributed.world_size", lambda: 3)
     recipe = Recipe(train=TrainConfig(batch_size=64, accumulate=2))
     with pytest.raises(ValueError, match="3 ranks x 2 micro-batches: the nearest that can is 66"):
         micro_batch_size(recipe)

@@ -18,15 +18,16 @@ from PIL import Image
 from small_runs import small_arguments, small_recipe
 
 import ijepa
-from ijepa import cli, schedules
-from ijepa.checkpoint import load_checkpoint
-from ijepa.metrics import read_metrics
+from ijepa import cli
 from ijepa.model import IJEPA
-from ijepa.pretrain import pretrain
-from ijepa.resume import resume_command
-from ijepa.run import Run
-from ijepa.stop_signals import StopSignals
-from ijepa.trainer import Trainer
+from ijepa.report.metrics import read_metrics
+from ijepa.train import schedules
+from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.pretrain import pretrain
+from ijepa.train.resume import resume_command
+from ijepa.train.run import Run
+from ijepa.train.stop_signals import StopSignals
+from ijepa.train.trainer import Trainer
 
 # Absolute, for processes in other folders.
 IMPORTS = os.pathsep.join(str(Path(m.__file__).parents[1]) for m in (ijepa, masked_vit_kernels))
@@ -85,7 +86,7 @@ def test_probes_that_break_leave_the_report(tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("ijepa.run.closing_table", broken)
+    monkeypatch.setattr("ijepa.train.run.closing_table", broken)
     arguments = small_arguments("run", train__steps=2, monitor__evaluate=True)
     assert cli.main(["pretrain", *arguments]) == 1
     assert "out of memory" in capsys.readouterr().err
@@ -166,7 +167,7 @@ def blow_up(monkeypatch, step, factor):
         values = schedule(config, index)
         return values._replace(lr=values.lr * factor) if index == step - 1 else values
 
-    monkeypatch.setattr("ijepa.trainer.schedule_at", blown)
+    monkeypatch.setattr("ijepa.train.trainer.schedule_at", blown)
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path, monkeypatch, capsys):
@@ -248,7 +249,7 @@ def test_two_ranks_say_once_how_to_go_on(tmp_path):
         "import os, signal, sys\n"
         "import torch\n"
         "from ijepa import cli\n"
-        "from ijepa.trainer import Trainer\n"
+        "from ijepa.train.trainer import Trainer\n"
         "step = Trainer.step\n"
         "def stop(self, images, masks):\n"
         "    if self.step_index == 5:\n"
@@ -349,7 +350,7 @@ def test_a_slow_step_is_given_up_between_its_micro_batches(tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(IJEPA, "forward", slow)
-        patched.setattr("ijepa.pretrain.PATIENCE", 0.0)
+        patched.setattr("ijepa.train.pretrain.PATIENCE", 0.0)
         assert cli.main(["pretrain", *small_arguments("run", train__accumulate=3)]) == 0
     shown = capfd.readouterr()
     assert "SIGTERM: stopping at the end of this step or micro-batch, then saving.\n" in shown.err
@@ -367,7 +368,7 @@ def test_a_slow_panel_is_broken_off(tmp_path, monkeypatch):
         time.sleep(60)
 
     with monkeypatch.context() as patched:
-        patched.setattr("ijepa.run.encoder_features", slow)
+        patched.setattr("ijepa.train.run.encoder_features", slow)
         started = time.monotonic()
         assert not pretrain(small_recipe("run", monitor__every=5)).finished
     assert time.monotonic() - started < 30

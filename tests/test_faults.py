@@ -21,10 +21,10 @@ from PIL import Image
 from small_runs import small_arguments, small_recipe
 
 from ijepa import cli
-from ijepa import run as run_module
-from ijepa.checkpoint import load_checkpoint
-from ijepa.metrics import read_metrics
-from ijepa.pretrain import Outcome, pretrain
+from ijepa.report.metrics import read_metrics
+from ijepa.train import run as run_module
+from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.pretrain import Outcome, pretrain
 
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
 SECONDS = 120  # for a process that takes five
@@ -324,7 +324,7 @@ def test_what_a_checkpoint_covers_is_in_the_log(undisturbed, tmp_path):
     ],
 )
 def test_numbers_beyond_sense_end_the_program_first(arguments, expected, capsys, monkeypatch):
-    monkeypatch.setattr("ijepa.pretrain.pretrain", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("ijepa.train.pretrain.pretrain", lambda *_, **__: pytest.fail("started"))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", *arguments])
     assert stopped.value.code == 2
@@ -397,7 +397,7 @@ def test_recipe_files_of_other_editors(tmp_path, monkeypatch, capsys):
         started.append(recipe)
         return Outcome(tmp_path, finished=True)
 
-    monkeypatch.setattr("ijepa.pretrain.pretrain", record)
+    monkeypatch.setattr("ijepa.train.pretrain.pretrain", record)
     folder = tmp_path / "recipes"
     folder.mkdir()
     (folder / "latin.toml").write_text("# Größe\n", encoding="latin-1")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ijepa.monitor import Panel, collapse_panel, effective_rank, mean_cosine, panel_line
+from ijepa.evaluate.collapse import Panel, collapse_panel, effective_rank, mean_cosine, panel_line
 
 
 def test_effective_rank_counts_equal_directions():

@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa import IJEPA, ModelConfig, MultiBlockSampler, vit
 from ijepa.cli import main
-from ijepa.counter_rng import derive_keys
-from ijepa.flops import count_tokens, step_flops
-from ijepa.plan import (
+from ijepa.cost.flops import count_tokens, step_flops
+from ijepa.cost.plan import (
     activation_bytes,
     count_parameters,
     flops_per_image,
@@ -21,9 +20,10 @@ from ijepa.plan import (
     sample_tokens,
     state_bytes,
 )
-from ijepa.progress import RunProgress
+from ijepa.counter_rng import derive_keys
 from ijepa.recipes import load_recipe
-from ijepa.trainer import Trainer
+from ijepa.report.progress import RunProgress
+from ijepa.train.trainer import Trainer
 
 CONFIG = ModelConfig(
     image_size=(48, 40),

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from ijepa.disk import NotWritten
-from ijepa.metrics import MetricsWriter, read_metrics
-from ijepa.progress import RunProgress, format_seconds
+from ijepa.report.metrics import MetricsWriter, read_metrics
+from ijepa.report.progress import RunProgress, format_seconds
 
 
 def test_plain_lines_where_there_is_no_terminal():

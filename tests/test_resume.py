@@ -12,12 +12,12 @@ import pytest
 import torch
 from small_runs import small_arguments, small_recipe
 
-from ijepa.checkpoint import load_checkpoint
-from ijepa.metrics import read_metrics
-from ijepa.pretrain import pretrain
 from ijepa.recipes import recipe_from_dict
-from ijepa.run import Run, TooManySkips
-from ijepa.trainer import Trainer
+from ijepa.report.metrics import read_metrics
+from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.pretrain import pretrain
+from ijepa.train.run import Run, TooManySkips
+from ijepa.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +63,7 @@ def assert_same_end(folder, expected):
 
 def test_training_moves_all_three_networks(uninterrupted, tmp_path):
     recipe = recipe_from_dict(uninterrupted.metadata["config"])
-    from ijepa.components import build_model
+    from ijepa.train.from_recipe import build_model
 
     initial = build_model(recipe).state_dict()
     for network in ("context_encoder", "target_encoder", "predictor"):

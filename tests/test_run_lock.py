@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-from ijepa.run_lock import RunLock
+from ijepa.train.run_lock import RunLock
 
-HOLD = "import sys; from ijepa.run_lock import RunLock; lock = RunLock(__import__('pathlib').Path("\
-       "sys.argv[1])); print('held', flush=True); sys.stdin.read()"  # fmt: skip
+HOLD = (
+    "import sys; from pathlib import Path; from ijepa.train.run_lock import RunLock; "
+    "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+)
 
 
 def lock_elsewhere(folder) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ijepa import ScheduleConfig
-from ijepa.schedules import learning_rate, momentum, schedule_at, weight_decay
+from ijepa.train.schedules import learning_rate, momentum, schedule_at, weight_decay
 
 CONFIG = ScheduleConfig(
     total_steps=100,

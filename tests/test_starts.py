@@ -12,13 +12,13 @@ from test_endings import photographs
 
 import ijepa
 from ijepa import cli
-from ijepa.checkpoint import load_checkpoint
-from ijepa.metrics import read_metrics
-from ijepa.pretrain import Outcome, pretrain
-from ijepa.progress import RunProgress, format_seconds, telling
 from ijepa.recipes import load_recipe
-from ijepa.run import Run
-from ijepa.trainer import Trainer
+from ijepa.report.metrics import read_metrics
+from ijepa.report.progress import RunProgress, format_seconds, telling
+from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.pretrain import Outcome, pretrain
+from ijepa.train.run import Run
+from ijepa.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def started(monkeypatch):
         recipes.append(recipe)
         return Outcome("runs/x", finished=True)
 
-    monkeypatch.setattr("ijepa.pretrain.pretrain", record)
+    monkeypatch.setattr("ijepa.train.pretrain.pretrain", record)
     return recipes
 
 
@@ -153,7 +153,7 @@ def test_a_run_goes_on_for_more_epochs(tmp_path, capsys):
 
 
 def test_what_takes_long_is_told_and_what_does_not_is_not(monkeypatch):
-    monkeypatch.setattr("ijepa.progress.SECONDS_UNTOLD", 0.05)
+    monkeypatch.setattr("ijepa.report.progress.SECONDS_UNTOLD", 0.05)
     text = io.StringIO()
     console = Console(file=text)
     with telling(console, "Nothing"):
@@ -164,7 +164,7 @@ def test_what_takes_long_is_told_and_what_does_not_is_not(monkeypatch):
 
 
 def test_a_slow_start_says_what_it_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ijepa.progress.SECONDS_UNTOLD", 0.05)
+    monkeypatch.setattr("ijepa.report.progress.SECONDS_UNTOLD", 0.05)
     for owner, name in ((Trainer, "step"), (Run, "_fixed_images"), (ijepa.data, "folder_source")):
         monkeypatch.setattr(owner, name, _slowed(getattr(owner, name)))
     settings = photographs(tmp_path / "photos", 12) | {"monitor__every": 10, "train__steps": 3}
@@ -188,7 +188,7 @@ def _slowed(function):
 @pytest.mark.parametrize("first_is_slow", [False, True])
 def test_an_absurd_time_left_is_told_once_with_a_way_out(monkeypatch, first_is_slow):
     now = [0.0]
-    monkeypatch.setattr("ijepa.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ijepa.report.progress.time.perf_counter", lambda: now[0])
     text = io.StringIO()
     progress = RunProgress(Console(file=text, width=300), 11_000, 0, 2048,
                            first_is_slow=first_is_slow, smaller="Try less.")  # fmt: skip

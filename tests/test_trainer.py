@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ijepa import IJEPA, MaskBatch, ModelConfig, OptimConfig, ScheduleConfig, Trainer
-from ijepa.optim import ema_pairs, parameter_groups
+from ijepa.train.optim import ema_pairs, parameter_groups
 
 CONFIG = ModelConfig(
     image_size=(16, 16),

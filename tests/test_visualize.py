@@ -11,7 +11,7 @@ from rich.console import Console
 from small_runs import small_recipe
 
 from ijepa.masks.batch import MaskBatch
-from ijepa.report import PLOTS_NOTE, RunReport, show_files, write_report
+from ijepa.report.summary import PLOTS_NOTE, RunReport, show_files, write_report
 from ijepa.visualize import draw_mask_examples
 
 

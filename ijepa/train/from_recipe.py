@@ -11,7 +11,6 @@ from masked_vit_kernels.packing import TILE
 from rich.console import Console
 from torch import Tensor
 
-from ijepa import distributed
 from ijepa.config import MaskConfig, Recipe
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data import build_source, load_batch
@@ -23,7 +22,8 @@ from ijepa.masks.multiblock import MultiBlockSampler
 from ijepa.masks.sampler import MaskSampler, plan_capacities
 from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 from ijepa.model import IJEPA
-from ijepa.progress import telling
+from ijepa.report.progress import telling
+from ijepa.train import distributed
 
 _SUBSET_STREAM = 0x5AB5E7
 _TRAINING_SET, _HELD_OUT_SET = 0, 1  # seeds of the procedural data sets, whatever the run's seed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ijepa.config import OptimConfig
 from ijepa.model import IJEPA
-from ijepa.schedules import ScheduleValues
+from ijepa.train.schedules import ScheduleValues
 
 
 def make_optimizer(model: IJEPA, config: OptimConfig) -> AdamWEMA:

@@ -15,13 +15,13 @@ import torch._dynamo
 from masked_vit_kernels import AdamWEMA
 from torch import Tensor
 
-from ijepa.captured import CapturedStep, layout_of
 from ijepa.config import OptimConfig, ScheduleConfig
-from ijepa.distributed import sum_gradients, sum_over_ranks, world_size
 from ijepa.masks.batch import MaskBatch
 from ijepa.model import IJEPA
-from ijepa.optim import apply_schedule, ema_pairs, make_optimizer
-from ijepa.schedules import schedule_at
+from ijepa.train.cuda_graph import CapturedStep, layout_of
+from ijepa.train.distributed import sum_gradients, sum_over_ranks, world_size
+from ijepa.train.optim import apply_schedule, ema_pairs, make_optimizer
+from ijepa.train.schedules import schedule_at
 from ijepa.vit import Block
 
 
@@ -61,8 +61,8 @@ class Trainer:
             the masks (at most four with planned capacities). "blocks" traces the transformer
             blocks alone, one graph for all of a network: seconds instead of minutes for a deep
             model, and a little more memory traffic from block to block.
-        cuda_graph: replay whole steps as CUDA graphs (`ijepa.captured`); for one process, and for
-            steps of one micro-batch. Gradients are then no longer to be found in `.grad`.
+        cuda_graph: replay whole steps as CUDA graphs (`ijepa.train.cuda_graph`); for one process,
+            and for steps of one micro-batch. Gradients are then no longer to be found in `.grad`.
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.

@@ -16,29 +16,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ijepa import components, distributed
-from ijepa.captured import copied_beside
-from ijepa.checkpoint import (
-    METADATA,
-    Checkpoint,
-    CheckpointError,
-    holds_checkpoint,
-    save_checkpoint,
-)
 from ijepa.config import Recipe
+from ijepa.cost.plan import flops_per_image, known_gpu
 from ijepa.data import TrainingBatch, build_loader
 from ijepa.disk import write_whole
-from ijepa.divergence import TooManySkips, WeightsNotFinite, check_finite
 from ijepa.evaluate.closing import ProbesNotFitted, closing_table
+from ijepa.evaluate.collapse import collapse_panel, panel_line
 from ijepa.evaluate.features import encoder_features
 from ijepa.masks.batch import MaskBatch
 from ijepa.masks.sampler import plan_capacities
-from ijepa.metrics import MetricsWriter
-from ijepa.monitor import collapse_panel, panel_line
-from ijepa.plan import flops_per_image, known_gpu
-from ijepa.progress import RunProgress, telling
 from ijepa.recipes import recipe_to_dict
-from ijepa.report import (
+from ijepa.report.metrics import MetricsWriter
+from ijepa.report.progress import RunProgress, telling
+from ijepa.report.summary import (
     RunReport,
     show_files,
     show_incidents,
@@ -46,10 +36,20 @@ from ijepa.report import (
     write_report,
     write_summary,
 )
-from ijepa.resume import run_folder_of
-from ijepa.run_folder import RECIPE, check_unused, new_run_folder, put_back, take_away
-from ijepa.run_lock import RunLock
-from ijepa.trainer import StepResult, Trainer
+from ijepa.train import distributed, from_recipe
+from ijepa.train.checkpoint import (
+    METADATA,
+    Checkpoint,
+    CheckpointError,
+    holds_checkpoint,
+    save_checkpoint,
+)
+from ijepa.train.cuda_graph import copied_beside
+from ijepa.train.divergence import TooManySkips, WeightsNotFinite, check_finite
+from ijepa.train.resume import run_folder_of
+from ijepa.train.run_folder import RECIPE, check_unused, new_run_folder, put_back, take_away
+from ijepa.train.run_lock import RunLock
+from ijepa.train.trainer import StepResult, Trainer
 from ijepa.visualize import draw_mask_examples
 
 _EXAMPLES = 8  # images that the masks are drawn on
@@ -100,19 +100,19 @@ class Run:
         self.lock: RunLock | None = None
         if checkpoint is not None:
             self._lock(run_folder_of(checkpoint.path))
-        micro_batch = components.micro_batch_size(recipe)
-        sampler = components.build_mask_sampler(
+        micro_batch = from_recipe.micro_batch_size(recipe)
+        sampler = from_recipe.build_mask_sampler(
             recipe.masks, recipe.model.grid, micro_batch, device
         )
         if recipe.data.source == "folder":
             recipe.check_length()
         else:
             recipe.in_steps(recipe.data.num_images)  # before any of them is rendered
-        source = components.open_source(recipe, console)
+        source = from_recipe.open_source(recipe, console)
         self.recipe = recipe = recipe.in_steps(len(source))
         self.source = source
-        self.data_id = {"source": recipe.data.source, **components.data_fingerprint(source)}
-        self.model = components.build_model(recipe).to(device)
+        self.data_id = {"source": recipe.data.source, **from_recipe.data_fingerprint(source)}
+        self.model = from_recipe.build_model(recipe).to(device)
         compiled = compiles(recipe, device)
         if compiled and device.type == "cpu":  # one traced graph a shape
             sampler.capacities = plan_capacities(sampler, micro_batch)
@@ -135,7 +135,7 @@ class Run:
         self.loader = build_loader(
             source,
             sampler,
-            components.training_transform(recipe),
+            from_recipe.training_transform(recipe),
             batch_size=micro_batch,
             seed=recipe.train.seed,
             start_step=self.first_step,
@@ -377,11 +377,11 @@ class Run:
     def _probed(self, report: RunReport) -> RunReport:
         """The report with the closing probes, or with why there are none."""
         try:
-            images = components.labelled_images(self.recipe, self.source, self.console is not None)
+            images = from_recipe.labelled_images(self.recipe, self.source, self.console is not None)
         except ProbesNotFitted as error:
             return dataclasses.replace(report, no_probes=str(error))
         self.progress.note("Fitting probes on the target encoder and the baselines ...")
-        untrained = components.build_model(self.recipe).to(self.device)
+        untrained = from_recipe.build_model(self.recipe).to(self.device)
         probes = closing_table(self.model, untrained, images)
         return dataclasses.replace(report, chance=images.chance, probes=probes)
 
@@ -475,16 +475,16 @@ class Run:
     def _fixed_images(self) -> tuple[Tensor, Tensor | None]:
         """The panel's images and the labels of the first task, read once."""
         if self._panel_images is None:
-            view = components.viewing_transform(self.recipe)
+            view = from_recipe.viewing_transform(self.recipe)
             count = self.recipe.monitor.images
-            images, labels = components.load_subset(self.source, view, count)
+            images, labels = from_recipe.load_subset(self.source, view, count)
             self._panel_images = images, next(iter(labels.values()), None)
         return self._panel_images
 
     def _mask_examples(self):
         """(H, W, 3) uint8 picture of fresh masks on the first of the panel's images."""
         images = self._fixed_images()[0][:_EXAMPLES]
-        sampler = components.build_mask_sampler(
+        sampler = from_recipe.build_mask_sampler(
             self.recipe.masks, self.recipe.model.grid, len(images), torch.device("cpu")
         )
         generator = torch.Generator().manual_seed(self.recipe.train.seed)
@@ -513,7 +513,7 @@ def images_per_second_at_peak(recipe: Recipe, device: torch.device) -> float | N
     gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is None:
         return None
-    flops = flops_per_image(recipe, components.micro_batch_size(recipe))
+    flops = flops_per_image(recipe, from_recipe.micro_batch_size(recipe))
     return distributed.world_size() * gpu.teraflops * 1e12 / flops
 
 

@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from ijepa.checkpoint import (
+from ijepa.config import Recipe
+from ijepa.recipes import load_recipe, recipe_from_dict, recipe_to_dict
+from ijepa.train.checkpoint import (
     Checkpoint,
     CheckpointError,
     checkpoint_folders,
@@ -16,8 +18,6 @@ from ijepa.checkpoint import (
     read_metadata,
     verify_checkpoint,
 )
-from ijepa.config import Recipe
-from ijepa.recipes import load_recipe, recipe_from_dict, recipe_to_dict
 
 # What may differ when a run is resumed: nothing of it changes the weights that come out, except
 # train.steps, which moves the end of the run and leaves the schedules where they were.

@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from ijepa.checkpoint import holds_checkpoint
 from ijepa.config import Recipe
 from ijepa.disk import write_whole
-from ijepa.metrics import FILE_NAME as METRICS
-from ijepa.metrics import MetricsWriter
-from ijepa.resume import resume_command
-from ijepa.run_lock import FILE_NAME as LOCK
-from ijepa.run_lock import RunLock
+from ijepa.report.metrics import FILE_NAME as METRICS
+from ijepa.report.metrics import MetricsWriter
+from ijepa.train.checkpoint import holds_checkpoint
+from ijepa.train.resume import resume_command
+from ijepa.train.run_lock import FILE_NAME as LOCK
+from ijepa.train.run_lock import RunLock
 
 RECIPE = "recipe.json"
 

@@ -13,12 +13,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from ijepa.checkpoint import versions
 from ijepa.config import Recipe
 from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
-from ijepa.metrics import read_metrics
-from ijepa.progress import format_seconds
+from ijepa.report.metrics import read_metrics
+from ijepa.report.progress import format_seconds
+from ijepa.train.checkpoint import versions
 
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 

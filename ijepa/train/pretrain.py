@@ -7,16 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ijepa import distributed
-from ijepa.checkpoint import Checkpoint
-from ijepa.components import choose_device
 from ijepa.config import Recipe
-from ijepa.lost_ranks import STOPPED, RankLost
-from ijepa.resume import how_to_continue
-from ijepa.run import LateResult, Run
-from ijepa.stop_signals import StopSignals
-from ijepa.trainer import StepGivenUp
-from ijepa.waiting import PATIENCE, StoppableWait, StoppedWaiting
+from ijepa.train import distributed
+from ijepa.train.checkpoint import Checkpoint
+from ijepa.train.from_recipe import choose_device
+from ijepa.train.lost_ranks import STOPPED, RankLost
+from ijepa.train.resume import how_to_continue
+from ijepa.train.run import LateResult, Run
+from ijepa.train.stop_signals import StopSignals
+from ijepa.train.trainer import StepGivenUp
+from ijepa.train.waiting import PATIENCE, StoppableWait, StoppedWaiting
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from ijepa.lost_ranks import RankRegister
+from ijepa.train.lost_ranks import RankRegister
 
 Value = TypeVar("Value")
 
