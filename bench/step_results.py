@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import torch
-from timing import RESULTS, commit
+
+from bench.timing import RESULTS, commit
 
 
 def save_step(device: str, entry: dict) -> None:

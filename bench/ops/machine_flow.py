@@ -49,7 +49,7 @@ def working_code(sass: str) -> WorkingCode:
         if _NOT_FOLLOWED.match(opcode):
             raise ValueError(
                 f"{opcode} at {address:#x}: branches by BRA and copies by LDG and LDGSTS are"
-                " followed, nothing else; teach bench/machine_flow.py this instruction"
+                " followed, nothing else; teach bench/ops/machine_flow.py this instruction"
             )
     products = [address for address, opcode, _ in code if PRODUCT.match(opcode)]
     if not products:

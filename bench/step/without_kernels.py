@@ -12,13 +12,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from best_stock import StockUpdate
 from masked_vit_kernels import Packing
 from masked_vit_kernels.tokens import cpu
-from ours import our_phases
-from released_style import Clock, no_clock
 from torch import Tensor
 
+from bench.step.best_stock import StockUpdate
+from bench.step.ours import our_phases
+from bench.step.released_style import Clock, no_clock
 from ijepa import IJEPA, MaskBatch, model, vit
 
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from released_style import (
+from torch import Tensor
+
+from bench.step.released_style import (
     LR,
     MOMENTUM,
     WEIGHT_DECAY,
@@ -23,8 +25,6 @@ from released_style import (
     run_block,
     target_features,
 )
-from torch import Tensor
-
 from ijepa import IJEPA, MaskBatch
 from ijepa.train.cuda_graph import CapturedStep
 from ijepa.train.optim import ema_pairs, parameter_groups

@@ -1,6 +1,6 @@
 """Gathering the context's tokens, forward and backward, at the masks the sampler draws.
 
-    pytest bench/bench_gather.py -s
+    pytest bench/ops/bench_gather.py -s
 
 Packed: each image keeps its own context. Truncated: one length for the batch, as the released code
 has it, where `torch.gather` with an expanded index is what it calls (`apply_masks`).
@@ -9,8 +9,9 @@ has it, where `torch.gather` with an expanded index is what it calls (`apply_mas
 import pytest
 import torch
 from masked_vit_kernels import gather_tokens
-from shapes import DTYPES, EVERY_SHAPE
-from timing import backward_of, compare
+
+from bench.sizes import DTYPES, EVERY_SHAPE
+from bench.timing import backward_of, compare
 
 
 def expanded_gather(x, ids):

@@ -1,6 +1,6 @@
 """The optimiser step, moving average and weight casts: one pass against PyTorch's own.
 
-    pytest bench/bench_adamw_ema.py -s
+    pytest bench/ops/bench_adamw_ema.py -s
 
 Parameter lists of ViT-B/16, L/16 and H/14 with their predictors; the encoder's parameters have an
 EMA partner. Every provider ends with float32 weights, moments and averages and with fresh bfloat16
@@ -24,8 +24,9 @@ import torch
 from masked_vit_kernels import AdamWEMA
 from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
 from masked_vit_kernels.optimizer.slots import GroupValues
-from timing import copy_bandwidth, device_seconds, save_table
 from torch import Tensor, nn
+
+from bench.timing import copy_bandwidth, device_seconds, save_table
 
 MODELS = {  # width, depth, patch, positions, predictor depth
     "B": (768, 12, 16, 196, 6),

@@ -1,7 +1,7 @@
 """What the attention kernels should take on a Hopper GPU, from their machine code. No GPU needed.
 
-    python bench/attention_estimate.py               prints
-    python bench/attention_estimate.py --save        and files bench/results/predictions-sm90.json
+    python -m bench.ops.attention_estimate           prints
+    python -m bench.ops.attention_estimate --save    and files bench/results/predictions-sm90.json
 
 Every launch of the forward and backward is compiled for sm_90; the instructions of a program that
 has work are counted, those in loops with matrix products as often as a sequence of a given length
@@ -31,18 +31,19 @@ from pathlib import Path
 
 import torch
 import triton
-from bench_attention import BACKWARD_ROWS, FORWARD_ROWS, G16, HEADS, L14, PARTS
-from machine_flow import exposed_waits, working_code
 from masked_vit_kernels import audit, pack_lengths
 from masked_vit_kernels.attention.backward import backward_launches
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.launch import KernelLaunch
-from shapes import SHAPES, Shape
-from timing import commit
 from torch import Tensor
 
-PREDICTIONS = Path(__file__).parent / "results" / "predictions-sm90.json"
+from bench.ops.bench_attention import BACKWARD_ROWS, FORWARD_ROWS, G16, HEADS, L14, PARTS
+from bench.ops.machine_flow import exposed_waits, working_code
+from bench.sizes import SHAPES, Shape
+from bench.timing import commit
+
+PREDICTIONS = Path(__file__).parents[1] / "results" / "predictions-sm90.json"
 MULTIPROCESSORS = 132
 CLOCK = 1.7e9  # cycles a second under load, assumed
 BYTES_PER_SECOND = 4.3e12  # read plus write, a large copy

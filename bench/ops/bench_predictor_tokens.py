@@ -1,6 +1,6 @@
 """Assembling the predictor's input, forward and backward.
 
-    pytest bench/bench_predictor_tokens.py -s
+    pytest bench/ops/bench_predictor_tokens.py -s
 
 With truncated masks, where every context and every block of the batch has one length, so that the
 released code's repeat and `torch.cat` compute the same rows (in its order: by block, then image).
@@ -9,8 +9,9 @@ released code's repeat and `torch.cat` compute the same rows (in its order: by b
 import pytest
 import torch
 from masked_vit_kernels import assemble_predictor_tokens
-from shapes import DTYPES, EVERY_SHAPE
-from timing import backward_of, compare
+
+from bench.sizes import DTYPES, EVERY_SHAPE
+from bench.timing import backward_of, compare
 
 
 def repeat_and_cat(context, mask_token, position, context_ids, target_ids, blocks):

@@ -1,6 +1,6 @@
 """Times every sensible tile of the attention kernels at the shapes that matter, on a GPU.
 
-    python bench/tune_attention.py --out OUT/tune.json [--parts "H/14 batch 128 context"]
+    python -m bench.ops.tune_attention --out OUT/tune.json [--parts "H/14 batch 128 context"]
 
 Every candidate is compiled and held to float64 first, in many processes at once, each candidate
 that faults in a process of its own; then those that are right are timed one after the other. The
@@ -19,7 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from bench_attention import CASES, HEADS, _packing
 from masked_vit_kernels import pack_lengths
 from masked_vit_kernels.attention.backward import backward_launches, backward_scratch
 from masked_vit_kernels.attention.config import (
@@ -32,7 +31,9 @@ from masked_vit_kernels.attention.config import (
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
-from timing import _capture, rounds_of
+
+from bench.ops.bench_attention import CASES, HEADS, _packing
+from bench.timing import _capture, rounds_of
 
 LENGTHS = (129, 197, 0, 256, 16, 65, 1, 128, 64, 63, 150, 200)  # of the check
 FORWARD = (
@@ -154,12 +155,12 @@ def check_share(number: int, shares: int, folder: Path) -> None:
 def check_all(folder: Path, processes: int, seconds: float) -> dict[str, dict]:
     """Candidate to its last line."""
     end = time.perf_counter() + seconds
-    command = [sys.executable, __file__, "--out", str(folder / "unused"), "--share"]
+    command = [sys.executable, "-m", "bench.ops.tune_attention", "--out", str(folder / "unused")]
     running = {n: None for n in range(processes)}
     while running and time.perf_counter() < end:
         for number, process in list(running.items()):
             if process is None or process.poll() not in (None, 0):
-                running[number] = subprocess.Popen([*command, f"{number}/{processes}"])
+                running[number] = subprocess.Popen([*command, "--share", f"{number}/{processes}"])
             elif process.poll() == 0:
                 del running[number]
         time.sleep(0.2)

@@ -1,6 +1,6 @@
 """LayerNorm of the targets, gather and smooth L1, forward and backward.
 
-    pytest bench/bench_prediction_loss.py -s
+    pytest bench/ops/bench_prediction_loss.py -s
 
 The stock provider is the released chain: normalise every patch's features, gather the targets'
 rows, average the smooth L1 distance.
@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from masked_vit_kernels import latent_prediction_loss
-from shapes import DTYPES, EVERY_SHAPE
-from timing import backward_of, compare
+
+from bench.sizes import DTYPES, EVERY_SHAPE
+from bench.timing import backward_of, compare
 
 
 def released_chain(predictions, features, rows):

@@ -1,6 +1,6 @@
 """Where a step's time goes: the profiler's sums by kernel and by kind, as text and JSON.
 
-python bench/profile_step.py --size B/16 --out profile.json
+python -m bench.step.profile_step --size B/16 --out profile.json
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 import torch
-from bench_step import COMPILE, DEVICE, ON_GPU, SIZES, draw_masks
-from ours import Ours
 from torch.profiler import ProfilerActivity, profile
 
+from bench.step.bench_step import COMPILE, DEVICE, ON_GPU, SIZES, draw_masks
+from bench.step.ours import Ours
 from ijepa import IJEPA
 
 STEPS = 3

@@ -1,6 +1,6 @@
 """Embedding the context's patches from uint8 images, forward and forward plus backward.
 
-    pytest bench/bench_patch_embed.py -s
+    pytest bench/ops/bench_patch_embed.py -s
 
 The stock provider is what the released code does: normalise every image, convolve, add positions,
 then gather. The fused form is ours alone on a GPU; on the CPU both forms are one path.
@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from masked_vit_kernels import embed_visible_patches
-from shapes import DTYPES, EVERY_SHAPE
-from timing import backward_of, compare
+
+from bench.sizes import DTYPES, EVERY_SHAPE
+from bench.timing import backward_of, compare
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

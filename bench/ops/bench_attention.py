@@ -1,6 +1,6 @@
 """Variable-length attention, forward and backward, against its peers at I-JEPA's shapes.
 
-    pytest bench/bench_attention.py -s
+    pytest bench/ops/bench_attention.py -s
 
 Targets are dense (equal lengths), contexts and predictor sequences are packed as the sampler draws
 them. Every peer that computes the same thing is checked against ours once and then timed. Peers
@@ -29,10 +29,11 @@ from masked_vit_kernels import (
     varlen_attention,
     varlen_attention_qkvpacked,
 )
-from shapes import DTYPES, EVERY_SHAPE, Shape
-from timing import backward_of, compare
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.sizes import DTYPES, EVERY_SHAPE, Shape
+from bench.timing import backward_of, compare
 
 HEADS = {"G": 16, "H": 16, "L": 16, "B": 12}
 G16 = Shape("G/16 batch 128", 128, (14, 14), 16, 1408)  # head dim 88

@@ -1,6 +1,6 @@
 """What the machine can do at most: a large copy, large matrix products, products of narrow models.
 
-    pytest bench/bench_ceilings.py -s
+    pytest bench/ops/bench_ceilings.py -s
 
 Operands are random: products of zeros can run faster than any model's.
 """
@@ -9,8 +9,9 @@ import statistics
 
 import pytest
 import torch
-from shapes import DTYPES
-from timing import copy_bandwidth, devices, rounds_of, save_table
+
+from bench.sizes import DTYPES
+from bench.timing import copy_bandwidth, devices, rounds_of, save_table
 
 WIDTHS = (384, 768, 1280)  # the predictor's, B's and H's: x (T, K) by a weight (4 K, K)
 SIZES = {"cuda": (32768, 8192), "cpu": (1024, 512)}  # tokens T, side of the square product

@@ -1,6 +1,6 @@
 """Reading images: JPEG to a random crop, and the batches of the default recipe, on one core.
 
-    pytest bench/bench_decode.py --benchmark-columns=min,median,ops
+    pytest bench/data/bench_decode.py --benchmark-columns=min,median,ops
 
 A round decodes a 500 x 400 photograph (scikit-learn's, resized) into 224 x 224 RandomResizedCrops,
 the same crops for every provider; "images" in the extra info is how many a round makes. Times

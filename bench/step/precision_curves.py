@@ -1,6 +1,6 @@
 """Loss curves of one small run in float32, bfloat16 autocast and bfloat16 weights, same data.
 
-python bench/precision_curves.py --steps 500 --out bench/results
+python -m bench.step.precision_curves --steps 500 --out bench/results
 
 The residual stream is float32 or bfloat16 in the two bfloat16 modes. Images are the procedural
 shapes, masks and initial weights the same in all runs.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import RESULTS, device_name
 from torch import Tensor
 
+from bench.timing import RESULTS, device_name
 from ijepa import IJEPA, Trainer
 from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys

@@ -1,6 +1,6 @@
 """Microseconds an image to draw a batch's masks and build every packing of them.
 
-    pytest bench/bench_masks.py -s
+    pytest bench/data/bench_masks.py -s
 
 The goal is at most 20 on a 14x14 grid at batch 256, drawing, context, target, predictor and union
 packings included. The clock is the process's CPU time, as one thread does all the work: other load

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from released_style import LR, MOMENTUM, WEIGHT_DECAY, Clock, no_clock
 from torch import Tensor
 
+from bench.step.released_style import LR, MOMENTUM, WEIGHT_DECAY, Clock, no_clock
 from ijepa import IJEPA, MaskBatch, OptimConfig, ScheduleConfig, Trainer
 from ijepa import model as model_module
 

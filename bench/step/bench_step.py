@@ -1,8 +1,8 @@
 """The whole training step against the released style and the best of PyTorch's own parts.
 
-    pytest bench/bench_step.py -s                  CPU sizes here, GPU sizes where a GPU is
-    BENCH_SIZES="B/16" BENCH_COMPILE=1 pytest bench/bench_step.py -s
-    BENCH_PROVIDERS="compiled|released" pytest bench/bench_step.py -s -k truncate
+    pytest bench/step/bench_step.py -s                  CPU sizes here, GPU sizes where a GPU is
+    BENCH_SIZES="B/16" BENCH_COMPILE=1 pytest bench/step/bench_step.py -s
+    BENCH_PROVIDERS="compiled|released" pytest bench/step/bench_step.py -s -k truncate
 
 Synthetic images, masks as the sampler draws them, in both modes: "truncate" gives every provider
 the very same tokens and is what ratios are taken from; "packed" keeps every image's own context,
@@ -35,15 +35,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from best_stock import BestStock
 from masked_vit_kernels import linear
 from masked_vit_kernels.packing import TILE
-from ours import Ours
-from released_style import ReleasedStyle
-from step_results import save_step
-from timing import device_name
-from without_kernels import WithoutKernels
 
+from bench.step.best_stock import BestStock
+from bench.step.ours import Ours
+from bench.step.released_style import ReleasedStyle
+from bench.step.without_kernels import WithoutKernels
+from bench.step_results import save_step
+from bench.timing import device_name
 from ijepa import IJEPA, MaskBatch, ModelConfig, MultiBlockSampler
 from ijepa.config import VIT_SIZES
 from ijepa.cost.flops import count_tokens, step_flops
