@@ -7,7 +7,7 @@ optimiser must be those of a run that nobody killed, bit for bit, and the log mu
 once. It checkpoints every step and takes anew, at each start, none, one or two data workers. Killed
 is the main process alone, one rank alone, or all of the run's processes together.
 
-`test_kill_runs.py` is a short form of it.
+`train/test_kill_runs.py` is a short form of it.
 """
 
 from __future__ import annotations

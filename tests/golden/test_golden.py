@@ -1,7 +1,7 @@
 """The model and the trainer against numbers recorded from the authors' released code.
 
-`data/tiny_a.pth.tar` is a released-format checkpoint (64x64 images, patch 8, encoder 64 x 3,
-predictor 32 x 2, 4 heads) and `data/tiny_a.npz` six training steps from it, float32 on CPU.
+`tiny_a.pth.tar` is a released-format checkpoint (64x64 images, patch 8, encoder 64 x 3,
+predictor 32 x 2, 4 heads) and `tiny_a.npz` six training steps from it, float32 on CPU.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from masked_vit_kernels import latent_prediction_loss
 
 from ijepa import IJEPA, MaskBatch, OptimConfig, ScheduleConfig, Trainer, load_official
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 # 6 steps an epoch, 3 epochs, 1 of them warm-up
 SCHEDULE = ScheduleConfig(total_steps=18, warmup_steps=6)
 

@@ -1,8 +1,8 @@
 """Attention on a GPU: every dtype, head dim and length list against float64.
 
-    pytest -m gpu tests/test_attention.py
+    pytest -m gpu tests/attention/test_attention.py
     compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python -m pytest -m gpu tests/test_attention.py -k lengths
+        python -m pytest -m gpu tests/attention/test_attention.py -k lengths
 
 The argument checks below need no GPU.
 """

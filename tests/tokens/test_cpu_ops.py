@@ -1,6 +1,6 @@
 """The CPU path against the reference in float64, and under torch.compile as one graph.
 
-Attention's CPU path has `test_cpu_attention.py`.
+Attention's CPU path has `attention/test_cpu_attention.py`.
 """
 
 import pytest
