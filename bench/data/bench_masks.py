@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ijepa.counter_rng import derive_keys
+from ijepa.masks.capacities import plan_capacities
 from ijepa.masks.multiblock import MultiBlockSampler
-from ijepa.masks.sampler import plan_capacities
 from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 
 BATCH_SIZE = 256

@@ -48,7 +48,7 @@ from ijepa import IJEPA, MaskBatch, ModelConfig, MultiBlockSampler
 from ijepa.config import VIT_SIZES
 from ijepa.cost.flops import count_tokens, step_flops
 from ijepa.counter_rng import derive_keys
-from ijepa.masks.sampler import plan_capacities
+from ijepa.masks.capacities import plan_capacities
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ijepa import IJEPA, Trainer
 from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys
 from ijepa.data.procedural.shapes import render_shapes
+from ijepa.masks.from_config import build_mask_sampler
 from ijepa.recipes import load_recipe
-from ijepa.train.from_recipe import build_mask_sampler
 
 RUNS = {  # label -> precision, residual stream
     "fp32": ("fp32", "fp32"),

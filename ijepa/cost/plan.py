@@ -15,8 +15,9 @@ from rich.table import Table
 from ijepa.config import ModelConfig, Recipe
 from ijepa.cost.flops import Flops, TokenCounts, count_tokens, mean_counts, step_flops
 from ijepa.counter_rng import derive_keys
+from ijepa.masks.from_config import build_mask_sampler
 from ijepa.recipes import check_known
-from ijepa.train.from_recipe import build_mask_sampler, micro_batch_size
+from ijepa.train.from_recipe import micro_batch_size
 
 DEFAULT_MFU = 0.5
 IMAGENET_IMAGES = 1_281_167  # what a recipe of a folder without a number of images is planned for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ijepa.data.batch import ImageBatch, iterate_images, load_batch
+from ijepa.data.batch import ImageBatch, load_batch
 from ijepa.data.decode import ImageError
 from ijepa.data.folder import folder_source
 from ijepa.data.loader import Loader, TrainingBatch, build_loader
@@ -28,7 +28,6 @@ __all__ = [
     "build_source",
     "default_cache",
     "folder_source",
-    "iterate_images",
     "load_batch",
     "procedural_source",
 ]

@@ -37,7 +37,7 @@ _TENSORS_PER_BATCH = 8  # upper bound, for the limit of open files
 _logger = logging.getLogger(__name__)
 
 
-class MaskSampler(Protocol):
+class DrawsMasks(Protocol):
     """(B,) uint64 keys -> the B masks of a batch (an `ijepa.MaskBatch`)."""
 
     def __call__(self, *, keys: np.ndarray) -> Any: ...
@@ -89,7 +89,7 @@ class UnreadableImages:
 
 def build_loader(
     source: ImageSource,
-    mask_sampler: MaskSampler,
+    mask_sampler: DrawsMasks,
     transform: Transform,
     *,
     batch_size: int,

@@ -11,7 +11,8 @@ target, `Tu` union), K kept patches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,31 +25,9 @@ from masked_vit_kernels.packing import (
 )
 from torch import Tensor
 
-# A batch's arrays are each about a megabyte. glibc gives blocks of that size back to the system as
-# they are freed, and page faults on the new ones took more than half the time of building a batch.
-# Freeing one large block, never touched, tells it to keep up to twice as much from then on.
-np.empty(16 << 20, dtype=np.uint8)
-
-
-@dataclass(frozen=True)
-class MaskSizes:
-    """One token count for each kind of packed sequence: counts, capacities or length bounds."""
-
-    context: int
-    targets: int
-    predictor: int
-    target_union: int
-
-    def holds(self, other: MaskSizes) -> bool:
-        """Whether `other` fits into these sizes in all four kinds."""
-        return all(
-            getattr(self, field.name) >= getattr(other, field.name)
-            for field in dataclasses.fields(self)
-        )
-
-
-class CapacityOverflow(ValueError):
-    """A batch has more tokens than the largest planned capacity holds."""
+from ijepa.masks.ids import check_ids, concatenated, padded_ids, sequence_lengths
+from ijepa.masks.layout import padded_bytes, views_of
+from ijepa.masks.sizes import MaskSizes, padded_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +122,7 @@ class MaskBatch:
         skeleton = self.map_tensors(lambda tensor: tensors.append(tensor) or tensor.to("meta"))
         fields = {field.name: getattr(skeleton, field.name) for field in dataclasses.fields(self)}
         storage = tensors[0].untyped_storage()
-        starts = np.cumsum([0, *(_padded_bytes(tensor) for tensor in tensors)])
+        starts = np.cumsum([0, *(padded_bytes(tensor) for tensor in tensors)])
         if all(
             tensor.untyped_storage().data_ptr() == storage.data_ptr()
             and tensor.storage_offset() * tensor.element_size() == start
@@ -151,7 +130,7 @@ class MaskBatch:
         ):
             return fields, tensors[0].new_empty(0, dtype=torch.uint8).set_(storage)
         block = torch.zeros(int(starts[-1]), dtype=torch.uint8, device=self.context.device)
-        for tensor, view in zip(tensors, _views(tensors, block), strict=True):
+        for tensor, view in zip(tensors, views_of(tensors, block), strict=True):
             view.copy_(tensor)
         return fields, block
 
@@ -226,9 +205,9 @@ class MaskBatch:
         target_lengths = np.array([len(block) for block in blocks], dtype=np.int64)
         return cls._from_checked_ids(
             grid,
-            _concatenate(context),
+            concatenated(context),
             np.array([len(ids) for ids in context], dtype=np.int64),
-            _concatenate(blocks),
+            concatenated(blocks),
             target_lengths.reshape(len(targets), -1),
         )
 
@@ -258,8 +237,8 @@ class MaskBatch:
         """
         images, blocks, num_patches = targets.shape
         context_flat, target_flat = np.flatnonzero(context), np.flatnonzero(targets)
-        context_lengths = _lengths(context_flat, images, num_patches)
-        target_lengths = _lengths(target_flat, images * blocks, num_patches)
+        context_lengths = sequence_lengths(context_flat, images, num_patches)
+        target_lengths = sequence_lengths(target_flat, images * blocks, num_patches)
         context_offsets = np.arange(images) * num_patches
         target_offsets = np.arange(images * blocks) * num_patches
         return cls._from_ids(
@@ -283,8 +262,8 @@ class MaskBatch:
         num_patches, images = grid[0] * grid[1], len(context_lengths)
         if images == 0 or target_lengths.shape[1] == 0:
             raise ValueError(f"at least one image and one block, got {target_lengths.shape}")
-        _check_ids("context", context_ids, context_lengths, num_patches)
-        _check_ids("targets", target_ids, target_lengths.ravel(), num_patches)
+        check_ids("context", context_ids, context_lengths, num_patches)
+        check_ids("targets", target_ids, target_lengths.ravel(), num_patches)
         union = np.zeros((images, num_patches), dtype=bool)
         union[np.repeat(np.arange(images), target_lengths.sum(axis=1)), target_ids] = True
         return cls._from_ids(
@@ -306,17 +285,18 @@ class MaskBatch:
         redraws: int = 0,
         fallbacks: int = 0,
     ) -> MaskBatch:
+        _keep_freed_memory()
         images, num_patches = union.shape
         blocks = target_lengths.shape[1]
         union_rows = np.flatnonzero(union)
-        union_lengths = _lengths(union_rows, images, num_patches)
+        union_lengths = sequence_lengths(union_rows, images, num_patches)
         totals = MaskSizes(
             context=len(context_ids),
             targets=len(target_ids),
             predictor=len(context_ids) * blocks + len(target_ids),
             target_union=len(union_rows),
         )
-        capacity = _choose(totals, capacities)
+        capacity = padded_sizes(totals, capacities)
         bounds = max_seqlens or MaskSizes(
             context=int(context_lengths.max()),
             targets=int(target_lengths.max()),
@@ -339,9 +319,9 @@ class MaskBatch:
         return cls(
             grid=tuple(grid),
             num_targets=blocks,
-            context=_padded(context_ids, capacity.context),
+            context=padded_ids(context_ids, capacity.context),
             context_packing=context_packing,
-            targets=_padded(target_ids, capacity.targets),
+            targets=padded_ids(target_ids, capacity.targets),
             target_packing=target_packing,
             predictor_packing=pack_predictor(
                 context_packing,
@@ -349,31 +329,15 @@ class MaskBatch:
                 max_seqlen=bounds.predictor,
                 capacity=capacity.predictor,
             ),
-            target_rows=_padded(target_rows, capacity.targets),
-            target_union=_padded(union_rows, capacity.target_union),
+            target_rows=padded_ids(target_rows, capacity.targets),
+            target_union=padded_ids(union_rows, capacity.target_union),
             target_union_packing=pack_lengths(
                 union_lengths, max_seqlen=bounds.target_union, capacity=capacity.target_union
             ),
-            target_rows_in_union=_padded(place_in_union[target_rows], capacity.targets),
+            target_rows_in_union=padded_ids(place_in_union[target_rows], capacity.targets),
             redraws=redraws,
             fallbacks=fallbacks,
         )
-
-
-_ALIGNMENT = 16  # bytes: the kernels' widest loads
-
-
-def _padded_bytes(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-
-
-def _views(tensors: Iterable[Tensor], block: Tensor) -> Iterator[Tensor]:
-    """Views of consecutive pieces of a block of bytes, each of the shape and dtype of a tensor."""
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.numel() * tensor.element_size()
-        yield block[start:end].view(tensor.dtype).view(tensor.shape)
-        start += _padded_bytes(tensor)
 
 
 def _cut(fields: dict[str, object], block: Tensor) -> MaskBatch:
@@ -381,55 +345,21 @@ def _cut(fields: dict[str, object], block: Tensor) -> MaskBatch:
     skeleton = MaskBatch(**fields)  # type: ignore[arg-type]
     tensors: list[Tensor] = []
     skeleton.map_tensors(lambda tensor: tensors.append(tensor) or tensor)
-    views = _views(tensors, block)
+    views = views_of(tensors, block)
     return skeleton.map_tensors(lambda _: next(views))
-
-
-def _choose(totals: MaskSizes, capacities: Sequence[MaskSizes] | int | None) -> MaskSizes:
-    """The first of the ascending capacities that holds the totals; the next multiples of a number
-    of rows; the totals themselves without either."""
-    if capacities is None:
-        return totals
-    if isinstance(capacities, int):
-        return MaskSizes(*(-(-n // capacities) * capacities for n in dataclasses.astuple(totals)))
-    for capacity in capacities:
-        if capacity.holds(totals):
-            return capacity
-    raise CapacityOverflow(f"{totals} fits none of {list(capacities)}")
-
-
-def _lengths(flat: np.ndarray, sequences: int, num_patches: int) -> np.ndarray:
-    """(sequences,) counts of ascending flat indices into (sequences, num_patches)."""
-    edges = np.arange(sequences + 1) * num_patches
-    return np.diff(np.searchsorted(flat, edges))
-
-
-def _padded(values: np.ndarray, capacity: int) -> Tensor:
-    """(capacity,) int64 tensor: the values, then -1."""
-    if len(values) == capacity:
-        return torch.from_numpy(values)
-    padded = np.full(capacity, -1, dtype=np.int64)
-    padded[: len(values)] = values
-    return torch.from_numpy(padded)
 
 
 def _sequence(ids: Tensor, packing: Packing, sequence: int) -> Tensor:
     return ids[packing.cu_seqlens[sequence] : packing.cu_seqlens[sequence + 1]]
 
 
-def _concatenate(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """Ragged id lists -> (T,) int64."""
-    arrays = [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in sequences]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Once a process: glibc is to keep what batches free.
 
-
-def _check_ids(name: str, ids: np.ndarray, lengths: np.ndarray, num_patches: int) -> None:
-    """Raise IndexError for an id outside [0, N), ValueError for one twice in a sequence."""
-    outside = (ids < 0) | (ids >= num_patches)
-    if outside.any():
-        raise IndexError(f"{name} holds patch {int(ids[outside][0])}, outside 0..{num_patches - 1}")
-    sequences = np.repeat(np.arange(len(lengths)), lengths)
-    rows, counts = np.unique(sequences * num_patches + ids, return_counts=True)
-    if (counts > 1).any():
-        sequence, patch = divmod(int(rows[counts > 1][0]), num_patches)
-        raise ValueError(f"{name} holds patch {patch} twice in sequence {sequence}")
+    A batch's arrays are each about a megabyte. glibc gives blocks of that size back to the system
+    as they are freed, and page faults on the new ones took more than half the time of building a
+    batch. Freeing one large block, never touched, tells it to keep up to twice as much from then
+    on.
+    """
+    np.empty(16 << 20, dtype=np.uint8)

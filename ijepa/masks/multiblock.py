@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 
 from ijepa.counter_rng import derive_keys, random_bits
-from ijepa.masks.batch import MaskSizes
 from ijepa.masks.blocks import choose_shapes, count_patches, independent_shapes, place_blocks
-from ijepa.masks.sampler import MaskSampler, check_count, check_grid, check_range, raise_scale_error
+from ijepa.masks.checks import check_count, check_grid, check_range, raise_scale_error
+from ijepa.masks.sampler import MaskSampler
+from ijepa.masks.sizes import MaskSizes
 from ijepa.masks.truncated import TruncatedBlocks
 
 DRAWS = 8  # draws of an image before the fallback
@@ -127,11 +128,15 @@ class PackedBlocks:
                 return context, targets, 0
             context[short], targets[short] = self._attempt(keys[short], attempt)
             short = short[count_patches(context[short]) < self.min_context]
-        targets[short] = targets[short, :1]
-        bits = random_bits(keys[short], 1, first=DRAWS * _ATTEMPT_STRIDE)[:, 0]
-        context[short] = place_blocks(bits, *self._largest_context, self.grid)
-        context[short] &= ~targets[short, 0]
+        context[short], targets[short] = self._fallback(keys[short], targets[short])
         return context, targets, short.size
+
+    def _fallback(self, keys: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where no draw left enough context: one place for all targets, the largest context."""
+        bits = random_bits(keys, 1, first=DRAWS * _ATTEMPT_STRIDE)[:, 0]
+        first = targets[:, :1]
+        context = place_blocks(bits, *self._largest_context, self.grid) & ~first[:, 0]
+        return context, np.repeat(first, self.num_targets, axis=1)
 
     def _attempt(self, keys: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Context (B, rows, columns) and targets (B, M, rows, columns) of one draw, bool."""

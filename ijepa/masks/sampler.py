@@ -1,10 +1,13 @@
 """What every mask strategy shares: keys in, a packed `MaskBatch` out, capacities kept.
 
+An image whose draws leave too little context takes its strategy's fallback (`_fallback` in
+`multiblock.py`); `MaskBatch.fallbacks` counts them.
+
 A sampler is stateless: the masks of an image are a function of its 64-bit key alone (a trainer
 derives it from seed, epoch and sample index), so they do not depend on the batch, the worker or
 the rank. It pickles, and the same instance may serve many workers.
 
-A compiled step wants few distinct shapes. `plan_capacities` therefore fixes at most four padded
+A compiled step wants few distinct shapes. `capacities.py` therefore fixes at most four padded
 capacities from the sampler's own statistics, and a batch takes the first that holds it. A batch
 over the largest is drawn again with keys derived by a counter; `MaskBatch.redraws` counts that, and
 no token is ever dropped.
@@ -12,28 +15,19 @@ no token is ever dropped.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NoReturn
 
 import numpy as np
 import torch
-from masked_vit_kernels.packing import TILE
 
 from ijepa.counter_rng import derive_keys
-from ijepa.masks.batch import CapacityOverflow, MaskBatch, MaskSizes
+from ijepa.masks.batch import MaskBatch
+from ijepa.masks.sizes import CapacityOverflow, MaskSizes
 
 MAX_CAPACITIES = 4
 MAX_REDRAWS = 20
-# Standard deviations above the mean at which capacities lie. With the four totals jointly normal,
-# correlated as measured for the paper's settings on 14x14, the first three minimise the expected
-# padding (1.44 deviations, against 6 with one capacity); past the last a batch is drawn again.
-_CAPACITY_DEVIATIONS = (0.8, 1.5, 2.5, 6.0)
 _STREAM_REDRAW = 0x6D61736B  # keeps redrawn keys apart from any other stream of the same key
-_STREAM_PLAN = 0x706C616E
-_PLAN_IMAGES = 4096
-_PLAN_BATCHES = 64
 
 
 class MaskSampler:
@@ -134,43 +128,6 @@ class MaskSampler:
         return np.stack([context_sizes, target_sizes, predictor_sizes, union_sizes], axis=1)
 
 
-def plan_capacities(sampler: MaskSampler, batch_size: int) -> tuple[MaskSizes, ...]:
-    """At most four padded capacities for batches of `batch_size`, from simulated masks.
-
-    Fixed keys: the same sampler and batch size always give the same capacities. The last lies six
-    standard deviations over the mean, or at what a batch can hold at most where that is less; the
-    others are where they save most. Smaller batches fit too. Rounded up to whole tiles.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    mean, deviation = _batch_statistics(sampler, batch_size)
-    bounds, blocks = sampler.max_seqlens, sampler.num_targets
-    most = batch_size * np.array(
-        [bounds.context, bounds.targets * blocks, bounds.predictor * blocks, bounds.target_union]
-    )
-    levels = []
-    for deviations in _CAPACITY_DEVIATIONS:
-        size = np.minimum(np.ceil(mean + deviations * deviation), most)
-        level = MaskSizes(*(int(-(-tokens // TILE) * TILE) for tokens in size))
-        if level not in levels:
-            levels.append(level)
-    return tuple(levels)
-
-
-def _batch_statistics(sampler: MaskSampler, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (4,) of a batch's total tokens, from fixed keys."""
-    chunk = batch_size if sampler.couples_batch else _PLAN_IMAGES // _PLAN_BATCHES
-    sizes = [  # _PLAN_BATCHES arrays (chunk, 4)
-        sampler.image_sizes(derive_keys(_STREAM_PLAN, batch, np.arange(chunk)))
-        for batch in range(_PLAN_BATCHES)
-    ]
-    if sampler.couples_batch:
-        totals = np.stack([batch.sum(axis=0) for batch in sizes])
-        return totals.mean(axis=0), totals.std(axis=0)
-    images = np.concatenate(sizes)
-    return images.mean(axis=0) * batch_size, images.std(axis=0) * batch_size**0.5
-
-
 def _draw_keys(batch_size: int, generator: torch.Generator | None) -> np.ndarray:
     """(B,) uint64 keys from a torch generator, anywhere in int64's range."""
     if batch_size < 1:
@@ -186,57 +143,3 @@ def _check_keys(keys: np.ndarray) -> np.ndarray:
     if keys.ndim != 1 or keys.size == 0 or keys.dtype != np.uint64:
         raise ValueError(f"keys must be uint64 of shape (B,), got {keys.dtype} {keys.shape}")
     return keys
-
-
-def check_grid(grid: Sequence[int], smallest: tuple[int, int], reason: str) -> tuple[int, int]:
-    """The grid as a tuple of ints, or ValueError with the nearest one that will do."""
-    rows, columns = grid
-    nearest = (max(int(rows), smallest[0]), max(int(columns), smallest[1]))
-    if nearest[0] * nearest[1] < 2:
-        nearest = (1, 2)
-    if (rows, columns) != nearest:
-        raise ValueError(f"grid={tuple(grid)}: {reason}; the nearest grid that will do: {nearest}")
-    return nearest
-
-
-def check_range(name: str, value: Sequence[float], most: float) -> tuple[float, float]:
-    """A (low, high) with 0 < low <= high <= most, or ValueError with the nearest such pair."""
-    low, high = (float(bound) for bound in value)
-    if 0 < low <= high <= most:
-        return low, high
-    low, high = sorted((low, high))
-    positive = [min(bound, most) for bound in (low, high) if bound > 0] or [most]
-    raise ValueError(
-        f"{name}={tuple(value)}: expected 0 < low <= high"
-        f"{f' <= {most:g}' if np.isfinite(most) else ''}; "
-        f"the nearest range that will do: {(positive[0], positive[-1])}"
-    )
-
-
-def check_count(name: str, value: int, least: int, most: int | None, reason: str) -> int:
-    """An int within [least, most], or ValueError with the nearest one."""
-    nearest = max(least, int(value) if most is None else min(int(value), most))
-    if value != nearest:
-        raise ValueError(f"{name}={value}: {reason}; the nearest value that will do: {nearest}")
-    return nearest
-
-
-def raise_scale_error(
-    name: str,
-    scale: float | tuple[float, float],
-    make_shapes: Callable[..., np.ndarray],
-    most: int,
-    reason: str,
-) -> NoReturn:
-    """ValueError with the nearest scale none of whose blocks has more than `most` patches.
-
-    Args:
-        make_shapes: `make_shapes(scale=(low, high))` -> (4096, 2) heights and widths.
-    """
-    low, high = scale if isinstance(scale, tuple) else (scale, scale)
-    for permille in range(math.floor(1000 * high), 0, -1):
-        candidate = (min(low, permille / 1000), permille / 1000)
-        if make_shapes(scale=candidate).prod(axis=1).max() <= most:
-            nearest = candidate if isinstance(scale, tuple) else candidate[1]
-            raise ValueError(f"{name}={scale}: {reason}; the nearest that will do: {nearest}")
-    raise ValueError(f"{name}={scale}: {reason}, and so may any smaller one; take a larger grid")

@@ -12,9 +12,10 @@ from functools import partial
 import numpy as np
 
 from ijepa.counter_rng import random_bits
-from ijepa.masks.batch import MaskSizes
 from ijepa.masks.blocks import choose_shapes, independent_shapes, place_blocks
-from ijepa.masks.sampler import MaskSampler, check_grid, check_range, raise_scale_error
+from ijepa.masks.checks import check_grid, check_range, raise_scale_error
+from ijepa.masks.sampler import MaskSampler
+from ijepa.masks.sizes import MaskSizes
 
 
 class RasterizedSampler(MaskSampler):

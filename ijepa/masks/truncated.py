@@ -24,9 +24,9 @@ from functools import partial
 import numpy as np
 
 from ijepa.counter_rng import derive_keys, random_bits
-from ijepa.masks.batch import MaskSizes
 from ijepa.masks.blocks import choose_shapes, count_patches, place_blocks, shared_draw_shapes
-from ijepa.masks.sampler import check_count, check_grid, raise_scale_error
+from ijepa.masks.checks import check_count, check_grid, raise_scale_error
+from ijepa.masks.sizes import MaskSizes
 
 TRIES = 20  # places of a context block before one more target may overlap it
 _DEFAULT_MIN_CONTEXT = 11  # the released code asks for more than 10

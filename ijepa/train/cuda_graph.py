@@ -1,4 +1,4 @@
-"""One CUDA graph for each layout of a step's inputs, and copies that run beside the computation.
+"""One CUDA graph for each layout of a step's inputs.
 
 A layout is everything about images and masks but the values: shapes, dtypes and the host integers
 of the packings. Planned capacities leave a run with at most four. The first steps of a layout run
@@ -8,41 +8,20 @@ from then on a step copies its inputs into the recorded tensors and replays.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ijepa.masks.batch import MaskBatch
+from ijepa.masks.layout import layout_of, tensors_of
 
 WARM_UP_STEPS = 2
-_UNSEEN_BY_THE_STEP = ("redraws", "fallbacks")  # counters for the log
 
 Step = Callable[[Tensor, MaskBatch], Tensor]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-
-
-def tensors_of(value: object) -> list[Tensor]:
-    """Every tensor in a dataclass of tensors, dataclasses and plain values, in a fixed order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if not dataclasses.is_dataclass(value):
-        return []
-    fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return [tensor for field in fields for tensor in tensors_of(field)]
-
-
-def layout_of(value: object) -> tuple:
-    """All of such a dataclass but the tensors' values, hashable."""
-    if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device)
-    if not dataclasses.is_dataclass(value):
-        return (value,)
-    names = [field.name for field in dataclasses.fields(value)]
-    return tuple(layout_of(getattr(value, n)) for n in names if n not in _UNSEEN_BY_THE_STEP)
 
 
 @dataclass(frozen=True)
@@ -134,26 +113,3 @@ def _on_side_stream(step: Step, images: Tensor, masks: MaskBatch) -> Tensor:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all warm-ups: what a stream has allocated is only ever used again on that stream."""
     return torch.cuda.Stream(device)
-
-
-def copied_beside(
-    batches: Iterable[tuple[Tensor, MaskBatch]], device: torch.device
-) -> Iterator[tuple[Tensor, MaskBatch]]:
-    """Images and masks on `device`, copied on a stream of their own.
-
-    The host runs ahead of the device, so a batch from pinned memory travels while the step before
-    is still being computed.
-    """
-    if device.type != "cuda":
-        for images, masks in batches:
-            yield images.to(device), masks.to(device)
-        return
-    copies = torch.cuda.Stream(device)
-    for images, masks in batches:
-        with torch.cuda.stream(copies):
-            images, masks = images.to(device, non_blocking=True), masks.to(device)
-        compute = torch.cuda.current_stream(device)
-        compute.wait_stream(copies)
-        for tensor in (images, *tensors_of(masks)):
-            tensor.record_stream(compute)  # not to be reused by the next copy while in use
-        yield images, masks

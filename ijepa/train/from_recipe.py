@@ -7,20 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from masked_vit_kernels.packing import TILE
 from rich.console import Console
 from torch import Tensor
 
-from ijepa.config import MaskConfig, Recipe
+from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data import build_source, load_batch
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource
 from ijepa.data.views import CenterCrop, RandomResizedCrop, Squash, Transform
 from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted
-from ijepa.masks.multiblock import MultiBlockSampler
-from ijepa.masks.sampler import MaskSampler, plan_capacities
-from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 from ijepa.model import IJEPA
 from ijepa.report.progress import telling
 from ijepa.train import distributed
@@ -40,42 +36,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is 'cuda', but torch sees no CUDA device (see ijepa doctor)")
     return torch.device(name)
-
-
-def build_mask_sampler(
-    config: MaskConfig, grid: tuple[int, int], batch_size: int, device: torch.device
-) -> MaskSampler:
-    """The sampler of a recipe, with few shapes: planned capacities on a GPU, whole tiles on a CPU
-    (whose library compiles a matrix product at its first use, in milliseconds).
-
-    Raises:
-        ValueError: settings that cannot be satisfied, with the nearest that can.
-    """
-    arguments: dict = {}
-    kind: type[MaskSampler]
-    if config.strategy == "multiblock":
-        kind = MultiBlockSampler
-        arguments = {
-            "context_scale": config.context_scale,
-            "target_scale": config.target_scale,
-            "target_aspect": config.target_aspect,
-            "num_targets": config.num_targets,
-            "min_context": config.min_context,
-            "batching": config.batching,
-        }
-    elif config.strategy == "rasterized":
-        kind = RasterizedSampler
-    elif config.strategy == "block":
-        kind = BlockSampler
-        arguments = {"scale": config.target_share, "aspect": config.target_aspect}
-    else:
-        kind = RandomSampler
-        arguments = {"scale": config.target_share}
-    if device.type == "cpu":
-        return kind(grid, **arguments, capacities=TILE)
-    sampler = kind(grid, **arguments)
-    sampler.capacities = plan_capacities(sampler, batch_size)
-    return sampler
 
 
 def micro_batch_size(recipe: Recipe, ranks: int | None = None) -> int:

@@ -24,7 +24,8 @@ from ijepa.evaluate.closing import ProbesNotFitted, closing_table
 from ijepa.evaluate.collapse import collapse_panel, panel_line
 from ijepa.evaluate.features import encoder_features
 from ijepa.masks.batch import MaskBatch
-from ijepa.masks.sampler import plan_capacities
+from ijepa.masks.capacities import plan_capacities
+from ijepa.masks.from_config import build_mask_sampler
 from ijepa.recipes import recipe_to_dict
 from ijepa.report.metrics import MetricsWriter
 from ijepa.report.progress import RunProgress, telling
@@ -44,8 +45,8 @@ from ijepa.train.checkpoint import (
     holds_checkpoint,
     save_checkpoint,
 )
-from ijepa.train.cuda_graph import copied_beside
 from ijepa.train.divergence import TooManySkips, WeightsNotFinite, check_finite
+from ijepa.train.prefetch import copied_beside
 from ijepa.train.resume import run_folder_of
 from ijepa.train.run_folder import RECIPE, check_unused, new_run_folder, put_back, take_away
 from ijepa.train.run_lock import RunLock
@@ -101,9 +102,7 @@ class Run:
         if checkpoint is not None:
             self._lock(run_folder_of(checkpoint.path))
         micro_batch = from_recipe.micro_batch_size(recipe)
-        sampler = from_recipe.build_mask_sampler(
-            recipe.masks, recipe.model.grid, micro_batch, device
-        )
+        sampler = build_mask_sampler(recipe.masks, recipe.model.grid, micro_batch, device)
         if recipe.data.source == "folder":
             recipe.check_length()
         else:
@@ -484,7 +483,7 @@ class Run:
     def _mask_examples(self):
         """(H, W, 3) uint8 picture of fresh masks on the first of the panel's images."""
         images = self._fixed_images()[0][:_EXAMPLES]
-        sampler = from_recipe.build_mask_sampler(
+        sampler = build_mask_sampler(
             self.recipe.masks, self.recipe.model.grid, len(images), torch.device("cpu")
         )
         generator = torch.Generator().manual_seed(self.recipe.train.seed)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ijepa.config import OptimConfig, ScheduleConfig
 from ijepa.masks.batch import MaskBatch
+from ijepa.masks.layout import layout_of
 from ijepa.model import IJEPA
-from ijepa.train.cuda_graph import CapturedStep, layout_of
+from ijepa.train.cuda_graph import CapturedStep
 from ijepa.train.distributed import sum_gradients, sum_over_ranks, world_size
 from ijepa.train.optim import apply_schedule, ema_pairs, make_optimizer
 from ijepa.train.schedules import schedule_at

@@ -20,9 +20,9 @@ from ijepa.data import (
     build_loader,
     build_source,
     folder_source,
-    iterate_images,
     load_batch,
 )
+from ijepa.data.batch import batch_labels
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 
@@ -46,8 +46,10 @@ def test_flat_folder_has_no_labels(photos):
     source = build_source("folder", path=photos)
     assert len(source) == 8 and source.labels == {}
     assert [Path(source.name(i)).name for i in (0, 7)] == ["china.jpg", "flower.jpg"]
-    ((images, labels),) = iterate_images(source, np.arange(8), CenterCrop((24, 32)), 8)
-    assert images.shape == (8, 3, 24, 32) and images.dtype == torch.uint8 and labels == {}
+    batch = load_batch(source, np.arange(8), CenterCrop((24, 32)))
+    images = batch.images
+    assert images.shape == (8, 3, 24, 32) and images.dtype == torch.uint8
+    assert batch_labels(source, batch) == {}
     assert images[3].unique().tolist() == [0, 80]
 
 
@@ -145,8 +147,9 @@ def test_replacement_carries_its_own_label(tmp_path):
         save(tmp_path / f"class{number}" / "a.png", (30 * number, 0, 0))
     (tmp_path / "class3" / "a.png").write_bytes(b"damaged")
     source = folder_source(tmp_path)
-    for images, labels in iterate_images(source, np.arange(8), Squash((4, 4)), 3):
-        assert images[:, 0, 0, 0].tolist() == (30 * labels["class"]).tolist()
+    batch = load_batch(source, np.arange(8), Squash((4, 4)))
+    labels = batch_labels(source, batch)
+    assert batch.images[:, 0, 0, 0].tolist() == (30 * labels["class"]).tolist()
 
 
 def test_a_damaged_data_set_is_an_error(tmp_path):

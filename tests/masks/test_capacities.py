@@ -8,11 +8,12 @@ import torch
 from mask_checks import boolean_masks, draw_keys
 
 from ijepa.counter_rng import derive_keys
-from ijepa.masks.batch import MaskSizes
+from ijepa.masks.capacities import plan_capacities
+from ijepa.masks.layout import tensors_of
 from ijepa.masks.multiblock import MultiBlockSampler
-from ijepa.masks.sampler import MAX_CAPACITIES, plan_capacities
+from ijepa.masks.sampler import MAX_CAPACITIES
+from ijepa.masks.sizes import MaskSizes
 from ijepa.masks.strategies import RandomSampler, RasterizedSampler
-from ijepa.train.cuda_graph import tensors_of
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 128])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ijepa.counter_rng import derive_keys
 from ijepa.masks.batch import MaskBatch
+from ijepa.masks.capacities import plan_capacities
 from ijepa.masks.multiblock import MultiBlockSampler
-from ijepa.masks.sampler import MaskSampler, plan_capacities
+from ijepa.masks.sampler import MaskSampler
 from ijepa.masks.strategies import BlockSampler, RandomSampler, RasterizedSampler
 
 GRIDS = st.tuples(st.integers(1, 18), st.integers(1, 18))

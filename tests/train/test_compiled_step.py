@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa import IJEPA, ModelConfig, MultiBlockSampler, OptimConfig, ScheduleConfig, Trainer
 from ijepa.counter_rng import derive_keys
-from ijepa.masks.batch import MaskSizes
-from ijepa.train.cuda_graph import WARM_UP_STEPS, CapturedStep, layout_of, tensors_of
+from ijepa.masks.layout import layout_of, tensors_of
+from ijepa.masks.sizes import MaskSizes
+from ijepa.train.cuda_graph import WARM_UP_STEPS, CapturedStep
 
 CONFIG = ModelConfig(
     image_size=(24, 24),
