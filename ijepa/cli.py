@@ -104,7 +104,7 @@ def pretrain_command(arguments: list[str]) -> int:
 def plan_command(arguments: list[str]) -> int:
     """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
     if _asks_for_help(arguments):
-        from ijepa.cost.plan import GPUS
+        from ijepa.cost.gpus import GPUS
 
         print(PLAN_USAGE.format(gpus=", ".join(GPUS), recipes=", ".join(recipe_names())))
         return 0

@@ -456,6 +456,21 @@ class Recipe:
             "the length of the run is not set: give train.steps or train.epochs",
         )
 
+    def micro_batch_size(self, ranks: int) -> int:
+        """Images that one of so many ranks takes at once.
+
+        Raises:
+            ValueError: the batch cannot be shared evenly.
+        """
+        batch, accumulate = self.train.batch_size, self.train.accumulate
+        parts = accumulate * ranks
+        _require(
+            batch % parts == 0,
+            f"train.batch_size {batch} cannot be shared among {ranks} ranks x {accumulate} "
+            f"micro-batches: the nearest that can is {max(round(batch / parts), 1) * parts}",
+        )
+        return batch // parts
+
     def _too_few_images(self, num_images: int) -> str:
         accumulate = self.train.accumulate
         largest = num_images // accumulate * accumulate

@@ -11,7 +11,6 @@ from small_runs import SETTINGS, small_arguments, small_recipe
 from ijepa import cli
 from ijepa.config import Recipe, TrainConfig
 from ijepa.train.checkpoint import load_checkpoint
-from ijepa.train.from_recipe import micro_batch_size
 from ijepa.train.pretrain import Outcome, pretrain
 
 
@@ -34,11 +33,10 @@ def started(monkeypatch):
     return recipes
 
 
-def test_a_batch_that_the_ranks_cannot_share(monkeypatch):
-    monkeypatch.setattr("ijepa.train.distributed.world_size", lambda: 3)
+def test_a_batch_that_the_ranks_cannot_share():
     recipe = Recipe(train=TrainConfig(batch_size=64, accumulate=2))
     with pytest.raises(ValueError, match="3 ranks x 2 micro-batches: the nearest that can is 66"):
-        micro_batch_size(recipe)
+        recipe.micro_batch_size(3)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from ijepa.config import ModelConfig
+from ijepa.config import ModelConfig, Recipe
+from ijepa.counter_rng import derive_keys
 from ijepa.masks.batch import MaskBatch
+from ijepa.masks.from_config import build_mask_sampler
+
+_SAMPLE_IMAGES, _SAMPLE_BATCHES = 512, 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,29 @@ def mean_counts(batches: Sequence[TokenCounts]) -> TokenCounts:
     columns = zip(*(dataclasses.astuple(batch) for batch in batches), strict=True)
     images, *lengths = (float(np.mean(column)) for column in columns)
     return TokenCounts(int(images), *lengths)
+
+
+def flops_per_image(recipe: Recipe, micro_batch: int) -> float:
+    """Operations an image costs in a step of this recipe."""
+    return total_flops(step_flops(recipe.model, sample_tokens(recipe, micro_batch)))
+
+
+def sample_tokens(recipe: Recipe, micro_batch: int) -> TokenCounts:
+    """Mean lengths of the recipe's masks, over at least 512 images.
+
+    They are drawn in batches of the run's own size: truncated masks depend on it, and share one
+    block size a batch, so that their means take many batches.
+    """
+    cpu = torch.device("cpu")
+    sampler = build_mask_sampler(recipe.masks, recipe.model.grid, micro_batch, cpu)
+    batches = max(-(-_SAMPLE_IMAGES // micro_batch), _SAMPLE_BATCHES * sampler.couples_batch)
+    keys = derive_keys(0, np.arange(batches * micro_batch)).reshape(batches, micro_batch)
+    return mean_counts([count_tokens(sampler(keys=batch)) for batch in keys])
+
+
+def total_flops(flops: dict[str, Flops]) -> float:
+    """Of the whole step, with backward."""
+    return sum(part.total for part in flops.values())
 
 
 def step_flops(config: ModelConfig, tokens: TokenCounts) -> dict[str, Flops]:

@@ -18,7 +18,7 @@ from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
 from ijepa.report.metrics import read_metrics
 from ijepa.report.progress import format_seconds
-from ijepa.train.checkpoint import versions
+from ijepa.versions import versions
 
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 

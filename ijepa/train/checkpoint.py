@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ijepa.disk import not_written, require_space, sync, write_whole
+from ijepa.versions import versions
 
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
@@ -248,15 +247,6 @@ def holds_checkpoint(run_folder: Path) -> bool:
     return (root / LATEST).exists() or any(root.glob("step-*"))
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
-
-
 def _verify_file(file: Path, expected: dict[str, Any]) -> None:
     """Raise CheckpointError unless size and checksum are as they were written."""
     if not file.exists():
@@ -315,3 +305,18 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unflatten(entry, tensors) for entry in content)
     return content
+
+
+def random_states() -> dict[str, Tensor]:
+    """State of torch's own generators; data and masks do not draw from them."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """The inverse of `random_states`, as far as this machine has the devices."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ijepa.data import build_source, load_batch
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource
 from ijepa.data.views import CenterCrop, RandomResizedCrop, Squash, Transform
-from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted
+from ijepa.evaluate.images import LabelledImages, ProbesNotFitted
 from ijepa.model import IJEPA
 from ijepa.report.progress import telling
 from ijepa.train import distributed
@@ -38,24 +39,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def micro_batch_size(recipe: Recipe, ranks: int | None = None) -> int:
-    """Images a rank takes at once.
-
-    Args:
-        ranks: None for as many as there are.
-
-    Raises:
-        ValueError: the batch cannot be shared evenly.
-    """
-    batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
-    ranks = distributed.world_size() if ranks is None else ranks
-    parts = accumulate * ranks
-    if batch % parts:
-        raise ValueError(
-            f"train.batch_size {batch} cannot be shared among {ranks} ranks x {accumulate} "
-            f"micro-batches: the nearest that can is {max(round(batch / parts), 1) * parts}"
-        )
-    return batch // parts
+def compiles(recipe: Recipe, device: torch.device) -> bool | Literal["blocks"]:
+    """What of the step is to be compiled: all of it on a GPU unless told otherwise."""
+    if recipe.train.compile == "auto":
+        return device.type == "cuda"
+    return "blocks" if recipe.train.compile == "blocks" else recipe.train.compile == "on"
 
 
 def build_model(recipe: Recipe) -> IJEPA:

@@ -10,12 +10,14 @@ from rich.console import Console
 from ijepa.config import Recipe
 from ijepa.train import distributed
 from ijepa.train.checkpoint import Checkpoint
+from ijepa.train.conclusion import conclude
 from ijepa.train.from_recipe import choose_device
 from ijepa.train.lost_ranks import STOPPED, RankLost
 from ijepa.train.resume import how_to_continue
-from ijepa.train.run import LateResult, Run
+from ijepa.train.run import Run
+from ijepa.train.schedules import due
 from ijepa.train.stop_signals import StopSignals
-from ijepa.train.trainer import StepGivenUp
+from ijepa.train.trainer import LateResult, StepGivenUp
 from ijepa.train.waiting import PATIENCE, StoppableWait, StoppedWaiting
 
 
@@ -50,15 +52,17 @@ def pretrain(
         try:
             finished = train(run)
             if finished:
-                run.conclude()
+                conclude(run)
             run.check_written()
         except BaseException as error:
             if _speaks_of(error):
-                error.add_note(how_to_continue(run.folder, getattr(error, "good_before", None)))
+                error.add_note(
+                    how_to_continue(run.folder.path, getattr(error, "good_before", None))
+                )
             raise
         finally:
             run.close()
-        return Outcome(run.folder, finished)
+        return Outcome(run.folder.path, finished)
     except Exception as error:
         distributed.leave(f"{type(error).__name__}: {error}")
         raise
@@ -84,36 +88,36 @@ def train(run: Run) -> bool:
 
     with (
         run.progress,
-        StopSignals(run.saved, speaks=distributed.is_main()) as stop,
+        StopSignals(run.saving.latest, speaks=distributed.is_main()) as stop,
         StoppableWait(lambda: stop.requested) as wait,
     ):
         run.trainer.give_up = lambda: stop.waited(PATIENCE)
         try:
             if run.first_step == 0 and monitor.every:
                 with wait.stoppable():
-                    run.look(0)
+                    run.panel.look(0)
             run.progress.begin()
             for done, images, masks in wait.over(run.batches()):
                 with run.first(f"First step, of {train.batch_size:,} images", done):
                     result = run.trainer.step(images, masks)
                 earlier, late = late, LateResult(done, result)
-                run.observe(earlier)
+                run.figures.observe(earlier)
 
-                if run.due(monitor.every, done):
+                if due(monitor.every, done, train.steps):
                     with wait.stoppable():
-                        run.look(done)
+                        run.panel.look(done)
                 stopping = vote.any(stop.requested)
-                if stopping or run.save_due(done):
-                    run.observe(late)  # a checkpoint's steps are in the log
+                if stopping or run.saving.due(done):
+                    run.figures.observe(late)  # a checkpoint's steps are in the log
                     late = None
-                    run.save(done)
+                    run.saving.save(done)
                 if stopping and done < train.steps:
                     return False
-            run.observe(late)
+            run.figures.observe(late)
         except (StoppedWaiting, StepGivenUp):
             distributed.leave(STOPPED)
-            run.observe(late)
-            run.save(run.trainer.step_index)
+            run.figures.observe(late)
+            run.saving.save(run.trainer.step_index)
             return False
         except Exception as error:
             run.rescue(late)

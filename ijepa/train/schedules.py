@@ -51,6 +51,11 @@ def momentum(config: ScheduleConfig, step: int) -> float:
     return config.momentum + (config.final_momentum - config.momentum) * progress
 
 
+def due(every: int, done: int, last: int) -> bool:
+    """Whether what happens every so many steps, and after the last, is due; 0 is never."""
+    return every > 0 and (done % every == 0 or done == last)
+
+
 def _share(done: int, total: int) -> float:
     return min(done / max(total, 1), 1.0)
 

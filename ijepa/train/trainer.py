@@ -51,6 +51,28 @@ class StepGivenUp(Exception):
     """A step was left between two of its micro-batches; nothing was updated."""
 
 
+class LateResult:
+    """A step's figures on their way to the host, to be read while the next step runs."""
+
+    def __init__(self, done: int, result: StepResult):
+        self.done, self.result = done, result
+        figures = (result.loss, result.grad_norm, result.skipped, result.consecutive_skips)
+        self._host = torch.stack([figure.double() for figure in figures]).to(
+            "cpu", non_blocking=True
+        )
+        self._copied = None
+        if result.loss.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> tuple[float, float, bool, int]:
+        """(loss, gradient norm, skipped, skipped steps in a row)."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, grad_norm, skipped, in_a_row = self._host.tolist()
+        return loss, grad_norm, bool(skipped), int(in_a_row)
+
+
 class Trainer:
     """Trains a model step by step, on every rank alike where there are several.
 

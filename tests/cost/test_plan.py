@@ -10,16 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa import IJEPA, ModelConfig, MultiBlockSampler, vit
 from ijepa.cli import main
-from ijepa.cost.flops import count_tokens, step_flops
-from ijepa.cost.plan import (
-    activation_bytes,
-    count_parameters,
-    flops_per_image,
-    known_gpu,
-    plan_recipe,
-    sample_tokens,
-    state_bytes,
-)
+from ijepa.cost.flops import count_tokens, flops_per_image, sample_tokens, step_flops
+from ijepa.cost.gpus import known_gpu
+from ijepa.cost.memory import activation_bytes, count_parameters, state_bytes
+from ijepa.cost.plan import plan_recipe
 from ijepa.counter_rng import derive_keys
 from ijepa.recipes import load_recipe
 from ijepa.report.progress import RunProgress

@@ -5,8 +5,9 @@ import torch
 from small_runs import small_recipe
 
 from ijepa.evaluate import encoder_features, knn_accuracy, linear_probe_accuracy, pixel_features
-from ijepa.evaluate.closing import LabelledImages, ProbesNotFitted, closing_table
+from ijepa.evaluate.closing import closing_table
 from ijepa.evaluate.guessing import commonest_class_accuracy
+from ijepa.evaluate.images import LabelledImages, ProbesNotFitted
 from ijepa.model import IJEPA
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ijepa import cli
 from ijepa.train import checkpoint
-from ijepa.train.run import Run
+from ijepa.train.saving import Saving
 from ijepa.train.trainer import Trainer
 
 
@@ -25,14 +25,14 @@ def kill_in_first_save() -> None:
 
 def kill_after_save(step: int) -> None:
     """SIGKILL as soon as the checkpoint of `step` is in its place."""
-    save = Run.save
+    save = Saving.save
 
     def killed(self, done):
         save(self, done)
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Run.save = killed
+    Saving.save = killed
 
 
 def signal_worker(number: int, *steps: int) -> None:

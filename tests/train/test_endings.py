@@ -25,7 +25,7 @@ from ijepa.train import schedules
 from ijepa.train.checkpoint import load_checkpoint
 from ijepa.train.pretrain import pretrain
 from ijepa.train.resume import resume_command
-from ijepa.train.run import Run
+from ijepa.train.saving import Saving
 from ijepa.train.stop_signals import StopSignals
 from ijepa.train.trainer import Trainer
 
@@ -86,7 +86,7 @@ def test_probes_that_break_leave_the_report(tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("ijepa.train.run.closing_table", broken)
+    monkeypatch.setattr("ijepa.train.conclusion.closing_table", broken)
     arguments = small_arguments("run", train__steps=2, monitor__evaluate=True)
     assert cli.main(["pretrain", *arguments]) == 1
     assert "out of memory" in capsys.readouterr().err
@@ -200,14 +200,14 @@ def test_a_run_that_skips_keeps_the_checkpoints_of_before(tmp_path, monkeypatch,
 
 def test_a_save_that_is_put_off_is_made_up_for(tmp_path, monkeypatch):
     """Step 4 and 5 are skipped; the checkpoint of step 4 comes after step 6."""
-    accumulate, saved, save = Trainer._accumulate, [], Run.save
+    accumulate, saved, save = Trainer._accumulate, [], Saving.save
 
     def skip(self, images, masks):
         loss = accumulate(self, images, masks)
         return loss * torch.nan if self.step_index in (3, 4) else loss
 
     monkeypatch.setattr(Trainer, "_accumulate", skip)
-    monkeypatch.setattr(Run, "save", lambda self, done: (saved.append(done), save(self, done)))
+    monkeypatch.setattr(Saving, "save", lambda self, done: (saved.append(done), save(self, done)))
     pretrain(small_recipe("run"))
     assert saved == [6, 8, 12]
 
@@ -368,7 +368,7 @@ def test_a_slow_panel_is_broken_off(tmp_path, monkeypatch):
         time.sleep(60)
 
     with monkeypatch.context() as patched:
-        patched.setattr("ijepa.train.run.encoder_features", slow)
+        patched.setattr("ijepa.train.panel.encoder_features", slow)
         started = time.monotonic()
         assert not pretrain(small_recipe("run", monitor__every=5)).finished
     assert time.monotonic() - started < 30

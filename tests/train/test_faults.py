@@ -22,7 +22,7 @@ from small_runs import small_arguments, small_recipe
 
 from ijepa import cli
 from ijepa.report.metrics import read_metrics
-from ijepa.train import run as run_module
+from ijepa.train import panel
 from ijepa.train.checkpoint import load_checkpoint
 from ijepa.train.pretrain import Outcome, pretrain
 
@@ -332,12 +332,12 @@ def test_numbers_beyond_sense_end_the_program_first(arguments, expected, capsys,
 
 
 def test_a_run_whose_features_are_not_finite_ends_with_its_files(tmp_path, monkeypatch, capsys):
-    features = run_module.encoder_features
+    features = panel.encoder_features
 
     def not_finite(*arguments):
         return dataclasses.replace(found := features(*arguments), last=found.last * torch.nan)
 
-    monkeypatch.setattr(run_module, "encoder_features", not_finite)
+    monkeypatch.setattr(panel, "encoder_features", not_finite)
     settings = {"train__steps": 2, "monitor__every": 1, "monitor__evaluate": True}
     assert cli.main(["pretrain", *small_arguments(tmp_path / "run", **settings)]) == 0
     assert "step 1: target features of 16 images are not finite" in capsys.readouterr().out

@@ -15,8 +15,9 @@ from small_runs import small_arguments, small_recipe
 from ijepa.recipes import recipe_from_dict
 from ijepa.report.metrics import read_metrics
 from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.divergence import TooManySkips
+from ijepa.train.figures import Figures
 from ijepa.train.pretrain import pretrain
-from ijepa.train.run import Run, TooManySkips
 from ijepa.train.trainer import Trainer
 
 
@@ -78,7 +79,7 @@ def test_training_moves_all_three_networks(uninterrupted, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_rest_is_the_same(uninterrupted, tmp_path, monkeypatch, number):
     stop_at = random.randint(2, 10)
-    observe = Run.observe
+    observe = Figures.observe
 
     def observe_and_signal(self, late):
         observe(self, late)
@@ -86,7 +87,7 @@ def test_a_signal_saves_and_the_rest_is_the_same(uninterrupted, tmp_path, monkey
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "observe", observe_and_signal)
+        patched.setattr(Figures, "observe", observe_and_signal)
         outcome = pretrain(small_recipe(tmp_path / "run"))
     assert not outcome.finished
     assert stop_at < load_checkpoint(tmp_path / "run").step <= stop_at + 2

@@ -16,8 +16,8 @@ from ijepa.recipes import load_recipe
 from ijepa.report.metrics import read_metrics
 from ijepa.report.progress import RunProgress, format_seconds, telling
 from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.panel import RunPanel
 from ijepa.train.pretrain import Outcome, pretrain
-from ijepa.train.run import Run
 from ijepa.train.trainer import Trainer
 
 
@@ -165,7 +165,7 @@ def test_what_takes_long_is_told_and_what_does_not_is_not(monkeypatch):
 
 def test_a_slow_start_says_what_it_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ijepa.report.progress.SECONDS_UNTOLD", 0.05)
-    for owner, name in ((Trainer, "step"), (Run, "_fixed_images"), (ijepa.data, "folder_source")):
+    for owner, name in ((Trainer, "step"), (RunPanel, "images"), (ijepa.data, "folder_source")):
         monkeypatch.setattr(owner, name, _slowed(getattr(owner, name)))
     settings = photographs(tmp_path / "photos", 12) | {"monitor__every": 10, "train__steps": 3}
     assert cli.main(["pretrain", *small_arguments("run", **settings)]) == 0
