@@ -151,19 +151,12 @@ COMMANDS = {"pretrain": pretrain_command, "plan": plan_command, "doctor": doctor
 
 
 def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):
-    """The checkpoint's recipe with the overrides a resumed run may take, and the checkpoint."""
-    from ijepa.train.resume import check_resumable, load_to_resume, run_folder_of, saved_recipe
+    """The checkpoint's recipe with the command line's values, and the checkpoint."""
+    from ijepa.train.resume import load_to_resume, saved_recipe
 
     checkpoint = load_to_resume(Path(folder))
-    run_folder = run_folder_of(checkpoint.path)
-    saved = saved_recipe(checkpoint, name)
-    recipe = with_settings(saved, implied_settings(given))
-    recipe = _override(recipe, arguments, f"--resume {folder}")
-    images = checkpoint.metadata.get("data", {}).get("images")
-    if images is not None:
-        recipe = recipe.in_steps(images)  # epochs may be given in place of the run's steps
-    check_resumable(saved, recipe, run_folder)
-    return recipe, checkpoint
+    recipe = with_settings(saved_recipe(checkpoint, name), implied_settings(given))
+    return _override(recipe, arguments, f"--resume {folder}"), checkpoint
 
 
 def _override(recipe: Recipe, arguments: list[str], title: str) -> Recipe:

@@ -106,7 +106,7 @@ def test_a_stopped_run_prints_how_to_go_on(started, capsys):
     assert "ijepa pretrain --resume runs/x" in capsys.readouterr().out
 
 
-def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path, capsys):
+def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path):
     run = tmp_path / "run"
     pretrain(small_recipe(run, train__steps=2))
     assert cli.main(["pretrain", "--resume", str(run), "--data.workers=3"]) == 0
@@ -114,6 +114,11 @@ def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path, capsys
     assert recipe.data.workers == 3
     assert recipe.model == small_recipe(run).model and recipe.train.steps == 2
 
+
+def test_a_resumed_run_stays_the_same_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe = small_recipe(run, train__steps=2)
+    pretrain(recipe)
     for arguments, expected in (
         (["--train.seed", "2"], f"train.seed is {recipe.train.seed} in the run"),
         (["--model.depth", "3"], "model.depth is 2 in the run"),

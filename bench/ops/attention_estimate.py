@@ -23,7 +23,6 @@ These are predictions, not measurements. The rates below are the ceilings that w
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from dataclasses import dataclass, fields
 from datetime import date
@@ -38,10 +37,10 @@ from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.launch import KernelLaunch
 from torch import Tensor
 
+from bench.filing import commit, write_json
 from bench.ops.bench_attention import BACKWARD_ROWS, FORWARD_ROWS, G16, HEADS, L14, PARTS
 from bench.ops.machine_flow import exposed_waits, working_code
 from bench.sizes import SHAPES, Shape
-from bench.timing import commit
 
 PREDICTIONS = Path(__file__).parents[1] / "results" / "predictions-sm90.json"
 MULTIPROCESSORS = 132
@@ -270,9 +269,7 @@ def save(rows: list[dict], path: Path) -> None:
         "commit": commit(), "date": date.today().isoformat(), "triton": triton.__version__,
         "assumed": assumed, "predictions": rows,
     }  # fmt: skip
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(filed, indent=2) + "\n")
-    aside.rename(path)
+    write_json(path, filed)
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
 from masked_vit_kernels.optimizer.slots import GroupValues
 from torch import Tensor, nn
 
-from bench.timing import copy_bandwidth, device_seconds, save_table
+from bench.filing import save_table
+from bench.timing import copy_bandwidth, device_seconds
 
 MODELS = {  # width, depth, patch, positions, predictor depth
     "B": (768, 12, 16, 196, 6),

@@ -10,8 +10,9 @@ import statistics
 import pytest
 import torch
 
+from bench.filing import save_table
 from bench.sizes import DTYPES
-from bench.timing import copy_bandwidth, devices, rounds_of, save_table
+from bench.timing import copy_bandwidth, devices, rounds_of
 
 WIDTHS = (384, 768, 1280)  # the predictor's, B's and H's: x (T, K) by a weight (4 K, K)
 SIZES = {"cuda": (32768, 8192), "cpu": (1024, 512)}  # tokens T, side of the square product

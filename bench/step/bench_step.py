@@ -38,12 +38,11 @@ import torch
 from masked_vit_kernels import linear
 from masked_vit_kernels.packing import TILE
 
+from bench.filing import device_name, save_step
 from bench.step.best_stock import BestStock
 from bench.step.ours import Ours
 from bench.step.released_style import ReleasedStyle
 from bench.step.without_kernels import WithoutKernels
-from bench.step_results import save_step
-from bench.timing import device_name
 from ijepa import IJEPA, MaskBatch, ModelConfig, MultiBlockSampler
 from ijepa.config import VIT_SIZES
 from ijepa.cost.flops import count_tokens, step_flops

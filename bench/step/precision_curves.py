@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.timing import RESULTS, device_name
+from bench.filing import RESULTS, device_name
 from ijepa import IJEPA, Trainer
 from ijepa.config import Recipe
 from ijepa.counter_rng import derive_keys
 from ijepa.data.procedural.shapes import render_shapes
+from ijepa.disk import write_whole
 from ijepa.masks.from_config import build_mask_sampler
 from ijepa.recipes import load_recipe
 
@@ -91,7 +92,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = device_name(device.type).replace(" ", "-")
     result = {"device": device_name(device.type), "torch": torch.__version__, "losses": curves}
-    (arguments.out / f"precision-{name}.json").write_text(json.dumps(result) + "\n")
+    write_whole(arguments.out / f"precision-{name}.json", json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -106,9 +106,17 @@ def saved_recipe(checkpoint: Checkpoint, name: str | None) -> Recipe:
     return saved
 
 
-def check_resumable(saved: Recipe, recipe: Recipe, folder: Path) -> None:
-    """Raise ValueError where a setting differs that would make it another run."""
-    before = _flat(saved)
+def check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise ValueError where the recipe would make another run of the checkpoint's.
+
+    Args:
+        recipe: settings; lengths may be in epochs, of the checkpoint's images.
+    """
+    folder = run_folder_of(checkpoint.path)
+    images = checkpoint.metadata.get("data", {}).get("images")
+    if images is not None:
+        recipe = recipe.in_steps(images)
+    before = _flat(saved_recipe(checkpoint, None))
     for key, value in _flat(recipe).items():
         if value != before[key] and key not in RESUMABLE:
             raise ValueError(

@@ -24,7 +24,7 @@ from ijepa.train.divergence import TooManySkips, WeightsNotFinite
 from ijepa.train.figures import Figures
 from ijepa.train.panel import RunPanel
 from ijepa.train.prefetch import copied_beside
-from ijepa.train.resume import run_folder_of
+from ijepa.train.resume import check_resumable, run_folder_of
 from ijepa.train.run_folder import RunFolder
 from ijepa.train.saving import Saving, restore
 from ijepa.train.trainer import LateResult, Trainer
@@ -57,7 +57,10 @@ class Run:
         console: Console | None,
     ):
         self.device, self.console = device, console
-        folder = None if checkpoint is None else RunFolder(run_folder_of(checkpoint.path))
+        folder = None
+        if checkpoint is not None:
+            check_resumable(checkpoint, recipe)
+            folder = RunFolder(run_folder_of(checkpoint.path))
         ranks = distributed.world_size()
         micro_batch = recipe.micro_batch_size(ranks)
         sampler = build_mask_sampler(recipe.masks, recipe.model.grid, micro_batch, device)

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or cut into parts ends with the very same bits."""
 
+import copy
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +185,14 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted, settings, expecte
     folder = uninterrupted.path.parent.parent
     with pytest.raises(ValueError, match=f"(?s){uninterrupted.path}.*{expected}"):
         resume(folder, **settings)
+
+
+def test_from_python_too_it_stays_the_same_run(uninterrupted):
+    """What may differ is a rule about runs, not about the command line."""
+    saved = recipe_from_dict(copy.deepcopy(uninterrupted.metadata["config"]))
+    other = replace(saved, optim=replace(saved.optim, max_grad_norm=2.5))
+    with pytest.raises(ValueError, match=r"optim.max_grad_norm is .* cannot become 2.5"):
+        pretrain(other, checkpoint=load_checkpoint(uninterrupted.path))
 
 
 def test_a_longer_run_keeps_its_schedule(uninterrupted, tmp_path):
