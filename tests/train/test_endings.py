@@ -14,8 +14,7 @@ from pathlib import Path
 import masked_vit_kernels
 import pytest
 import torch
-from PIL import Image
-from small_runs import small_arguments, small_recipe
+from small_runs import photographs, small_arguments, small_recipe
 
 import ijepa
 from ijepa import cli
@@ -42,16 +41,6 @@ def _elsewhere(tmp_path_factory, tmp_path, monkeypatch):
     torch.set_num_threads(1)  # sums in one order
     yield
     torch.set_num_threads(threads)
-
-
-def photographs(folder, count, classes=2):
-    """`count` small images, in turn in one of so many class folders; one class is a flat folder."""
-    for number in range(count):
-        inside = folder / f"class-{number % classes}" if classes > 1 else folder
-        inside.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (20, 24, 3)).byte().numpy()
-        Image.fromarray(pixels).save(inside / f"{number}.png")
-    return {"data__source": "folder", "data__path": str(folder)}
 
 
 # The closing.

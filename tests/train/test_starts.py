@@ -1,20 +1,16 @@
 """How runs start: what is refused at once and in words, what is told meanwhile, what is left."""
 
-import io
 import shutil
 import sys
 import time
 
 import pytest
-from rich.console import Console
-from small_runs import small_arguments, small_recipe
-from test_endings import photographs
+from small_runs import photographs, small_arguments, small_recipe
 
 import ijepa
 from ijepa import cli
 from ijepa.recipes import load_recipe
 from ijepa.report.metrics import read_metrics
-from ijepa.report.progress import RunProgress, format_seconds, telling
 from ijepa.train.checkpoint import load_checkpoint
 from ijepa.train.panel import RunPanel
 from ijepa.train.pretrain import Outcome, pretrain
@@ -152,17 +148,6 @@ def test_a_run_goes_on_for_more_epochs(tmp_path, capsys):
 # Told meanwhile.
 
 
-def test_what_takes_long_is_told_and_what_does_not_is_not(monkeypatch):
-    monkeypatch.setattr("ijepa.report.progress.SECONDS_UNTOLD", 0.05)
-    text = io.StringIO()
-    console = Console(file=text)
-    with telling(console, "Nothing"):
-        pass
-    with telling(console, "Looking for [images]"):
-        time.sleep(0.5)
-    assert text.getvalue() == "Looking for [images] ...\n"
-
-
 def test_a_slow_start_says_what_it_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ijepa.report.progress.SECONDS_UNTOLD", 0.05)
     for owner, name in ((Trainer, "step"), (RunPanel, "images"), (ijepa.data, "folder_source")):
@@ -183,35 +168,6 @@ def _slowed(function):
         return function(*arguments, **options)
 
     return slow
-
-
-@pytest.mark.parametrize("first_is_slow", [False, True])
-def test_an_absurd_time_left_is_told_once_with_a_way_out(monkeypatch, first_is_slow):
-    now = [0.0]
-    monkeypatch.setattr("ijepa.report.progress.time.perf_counter", lambda: now[0])
-    text = io.StringIO()
-    progress = RunProgress(Console(file=text, width=300), 11_000, 0, 2048,
-                           first_is_slow=first_is_slow, smaller="Try less.")  # fmt: skip
-    now[0] = 97.0  # of the panel, which says nothing about steps
-    progress.begin()
-    for step in (1, 2, 3):
-        now[0] += 240.0
-        progress.update(step, loss=1.0, lr=1e-3)
-        assert ("Try less." in text.getvalue()) == (step > first_is_slow)
-    assert text.getvalue().count("At this rate 30 days 13 h are left. Try less.") == 1
-
-
-def test_a_quick_run_is_not_warned_of(monkeypatch):
-    text = io.StringIO()
-    progress = RunProgress(Console(file=text, width=300), 100, 0, 8, smaller="Try less.")
-    progress.begin()
-    progress.update(1, loss=1.0, lr=1e-3)
-    assert "Try less." not in text.getvalue()
-
-
-def test_days_are_readable():
-    assert format_seconds(682 * 3600 + 8) == "28 days 10 h"
-    assert format_seconds(47 * 3600) == "47:00:00"
 
 
 # Left behind.
