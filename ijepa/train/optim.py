@@ -6,6 +6,7 @@ way of a flag on the device: weights, Adam's state and the target encoder stay b
 
 from __future__ import annotations
 
+import torch
 from masked_vit_kernels import AdamWEMA
 from torch import Tensor, nn
 
@@ -62,3 +63,23 @@ def apply_schedule(optimizer: AdamWEMA, values: ScheduleValues) -> None:
         group["lr"] = values.lr
         group["weight_decay"] = values.weight_decay if group["decayed"] else 0.0
     optimizer.momentum = values.momentum
+
+
+@torch.no_grad()
+def optimizer_of_rounded_weights(model: IJEPA, config: OptimConfig) -> AdamWEMA:
+    """Turn all that is trained or averaged into bfloat16; the optimiser keeps it in float32.
+
+    Fixed positions stay float32.
+    """
+    averaged = {id(target) for target, _ in ema_pairs(model)}
+    exact = {
+        parameter: parameter.detach().clone()
+        for parameter in model.parameters()
+        if parameter.requires_grad or id(parameter) in averaged
+    }
+    for parameter, value in exact.items():
+        parameter.data = value.bfloat16()
+    optimizer = make_optimizer(model, config)
+    for parameter, value in exact.items():
+        optimizer.master(parameter).copy_(value)
+    return optimizer

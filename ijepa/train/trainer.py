@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import torch._dynamo
-from masked_vit_kernels import AdamWEMA
 from torch import Tensor
 
 from ijepa.config import OptimConfig, ScheduleConfig
@@ -21,7 +20,7 @@ from ijepa.masks.layout import layout_of
 from ijepa.model import IJEPA
 from ijepa.train.cuda_graph import CapturedStep
 from ijepa.train.distributed import sum_gradients, sum_over_ranks, world_size
-from ijepa.train.optim import apply_schedule, ema_pairs, make_optimizer
+from ijepa.train.optim import apply_schedule, make_optimizer, optimizer_of_rounded_weights
 from ijepa.train.schedules import schedule_at
 from ijepa.vit import Block
 
@@ -122,7 +121,7 @@ class Trainer:
         self.schedule = schedule_config
         self.autocast = precision == "bf16"
         if precision == "bf16-params":
-            self.optimizer = _with_rounded_weights(model, optim_config)
+            self.optimizer = optimizer_of_rounded_weights(model, optim_config)
         else:
             self.optimizer = make_optimizer(model, optim_config)
         self.step_index = 0
@@ -269,23 +268,3 @@ def _compile_blocks(model: IJEPA) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(fullgraph=True, dynamic=False)
-
-
-@torch.no_grad()
-def _with_rounded_weights(model: IJEPA, config: OptimConfig) -> AdamWEMA:
-    """Turn all that is trained or averaged into bfloat16; the optimiser keeps it in float32.
-
-    Fixed positions stay float32.
-    """
-    averaged = {id(target) for target, _ in ema_pairs(model)}
-    exact = {
-        parameter: parameter.detach().clone()
-        for parameter in model.parameters()
-        if parameter.requires_grad or id(parameter) in averaged
-    }
-    for parameter, value in exact.items():
-        parameter.data = value.bfloat16()
-    optimizer = make_optimizer(model, config)
-    for parameter, value in exact.items():
-        optimizer.master(parameter).copy_(value)
-    return optimizer
