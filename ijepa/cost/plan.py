@@ -94,9 +94,7 @@ def plan_recipe(
     image = activation_bytes(config, tokens, recipe.train.precision)
     room = device.memory * _GIB * (1 - _RESERVED) - state
     rate = gpus * device.teraflops * 1e12 * mfu / total_flops(flops)
-    steps = recipe.in_steps(num_images).train.steps
-    assert steps is not None  # in_steps fills it in
-    images = float(steps) * recipe.train.batch_size
+    images = float(recipe.in_steps(num_images).train.num_steps) * recipe.train.batch_size
     return Plan(
         recipe=recipe,
         gpu=device,

@@ -43,8 +43,13 @@ class View:
 class Transform(Protocol):
     """Image sizes and keys -> views, each a function of its own image's size and key alone."""
 
-    size: tuple[int, int]
-    interpolation: str
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the output."""
+
+    @property
+    def interpolation(self) -> str:
+        """One of `INTERPOLATIONS`."""
 
     def views(self, sizes: np.ndarray, keys: np.ndarray) -> list[View]:
         """(B, 2) heights and widths, (B,) uint64 keys -> B views."""

@@ -118,8 +118,8 @@ class MaskBatch:
 
         The block itself where the tensors are cut from one already.
         """
-        tensors: list[Tensor] = []
-        skeleton = self.map_tensors(lambda tensor: tensors.append(tensor) or tensor.to("meta"))
+        tensors = _tensors_in(self)
+        skeleton = self.map_tensors(lambda tensor: tensor.to("meta"))
         fields = {field.name: getattr(skeleton, field.name) for field in dataclasses.fields(self)}
         storage = tensors[0].untyped_storage()
         starts = np.cumsum([0, *(padded_bytes(tensor) for tensor in tensors)])
@@ -247,7 +247,7 @@ class MaskBatch:
             context_lengths,
             target_flat - np.repeat(target_offsets, target_lengths),
             target_lengths.reshape(images, blocks),
-            targets.any(axis=1),
+            np.asarray(targets.any(axis=1)),
             max_seqlens=max_seqlens,
             capacities=capacities,
             redraws=redraws,
@@ -317,7 +317,7 @@ class MaskBatch:
             unique=blocks == 1,  # the blocks of an image may overlap
         )
         return cls(
-            grid=tuple(grid),
+            grid=(grid[0], grid[1]),
             num_targets=blocks,
             context=padded_ids(context_ids, capacity.context),
             context_packing=context_packing,
@@ -343,10 +343,20 @@ class MaskBatch:
 def _cut(fields: dict[str, object], block: Tensor) -> MaskBatch:
     """The inverse of `MaskBatch._in_one_block`."""
     skeleton = MaskBatch(**fields)  # type: ignore[arg-type]
-    tensors: list[Tensor] = []
-    skeleton.map_tensors(lambda tensor: tensors.append(tensor) or tensor)
-    views = views_of(tensors, block)
+    views = views_of(_tensors_in(skeleton), block)
     return skeleton.map_tensors(lambda _: next(views))
+
+
+def _tensors_in(masks: MaskBatch) -> list[Tensor]:
+    """All tensors, in `map_tensors`' order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    masks.map_tensors(note)
+    return found
 
 
 def _sequence(ids: Tensor, packing: Packing, sequence: int) -> Tensor:

@@ -72,7 +72,10 @@ class MultiBlockSampler(MaskSampler):
         batching: Literal["packed", "truncate"] = "packed",
         capacities: Sequence[MaskSizes] | int | None = None,
     ):
-        strategies = {"packed": PackedBlocks, "truncate": TruncatedBlocks}
+        strategies: dict[str, type[PackedBlocks] | type[TruncatedBlocks]] = {
+            "packed": PackedBlocks,
+            "truncate": TruncatedBlocks,
+        }
         if batching not in strategies:
             raise ValueError(f"batching must be one of {sorted(strategies)}, got {batching!r}")
         self.batching = batching
@@ -135,7 +138,8 @@ class PackedBlocks:
         """Where no draw left enough context: one place for all targets, the largest context."""
         bits = random_bits(keys, 1, first=DRAWS * _ATTEMPT_STRIDE)[:, 0]
         first = targets[:, :1]
-        context = place_blocks(bits, *self._largest_context, self.grid) & ~first[:, 0]
+        height, width = self._largest_context
+        context = place_blocks(bits, height, width, self.grid) & ~first[:, 0]
         return context, np.repeat(first, self.num_targets, axis=1)
 
     def _attempt(self, keys: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:

@@ -91,9 +91,12 @@ class MaskSampler:
             ValueError: neither or both of batch size and keys, or a batch that no capacity holds
                 in any of 21 draws.
         """
-        if (batch_size is None) == (keys is None):
+        if keys is not None and batch_size is None:
+            keys = _check_keys(keys)
+        elif batch_size is not None and keys is None:
+            keys = _draw_keys(batch_size, generator)
+        else:
             raise ValueError("give either batch_size or keys")
-        keys = _draw_keys(batch_size, generator) if keys is None else _check_keys(keys)
         for redraws in range(MAX_REDRAWS + 1):
             drawn = keys if redraws == 0 else derive_keys(keys, _STREAM_REDRAW, redraws)
             context, targets, fallbacks = self._draw(drawn)

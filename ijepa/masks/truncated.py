@@ -68,7 +68,9 @@ class TruncatedBlocks:
         context, fallbacks = self._place_context(keys, context_shape, targets)
         return _cut_to_shortest(context), targets, fallbacks
 
-    def _place_context(self, keys, shape, targets) -> tuple[np.ndarray, int]:
+    def _place_context(
+        self, keys: np.ndarray, shape: tuple[np.ndarray, np.ndarray], targets: np.ndarray
+    ) -> tuple[np.ndarray, int]:
         """Context (B, rows, columns) bool less the targets, and how many images overlap some."""
         context = np.zeros((len(keys), *self.grid), dtype=bool)
         pending = np.arange(len(keys))

@@ -151,7 +151,7 @@ def _probe_cells(report: RunReport) -> list[list[str]]:
 def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotted: bool) -> str:
     """The run in Markdown."""
     recipe = report.recipe
-    steps, batch = recipe.train.steps, recipe.train.batch_size
+    steps, batch = recipe.train.num_steps, recipe.train.batch_size
     epochs = steps * batch / report.images
     parts = [
         f"# {report.folder.name}",

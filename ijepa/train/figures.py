@@ -46,7 +46,7 @@ class Figures:
         if skipped:
             self._progress.note(f"step {done}: loss {loss}, gradient norm {grad_norm}: not finite, "
                                 "update skipped")  # fmt: skip
-        if done % train.log_every == 0 or done in (1, train.steps) or skipped:
+        if done % train.log_every == 0 or done in (1, train.num_steps) or skipped:
             finite = {"loss": loss, "grad_norm": grad_norm} if not skipped else {}
             self.write(
                 done,

@@ -103,7 +103,7 @@ def train(run: Run) -> bool:
                 earlier, late = late, LateResult(done, result)
                 run.figures.observe(earlier)
 
-                if due(monitor.every, done, train.steps):
+                if due(monitor.every, done, train.num_steps):
                     with wait.stoppable():
                         run.panel.look(done)
                 stopping = vote.any(stop.requested)
@@ -111,7 +111,7 @@ def train(run: Run) -> bool:
                     run.figures.observe(late)  # a checkpoint's steps are in the log
                     late = None
                     run.saving.save(done)
-                if stopping and done < train.steps:
+                if stopping and done < train.num_steps:
                     return False
             run.figures.observe(late)
         except (StoppedWaiting, StepGivenUp):

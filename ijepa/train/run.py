@@ -91,7 +91,7 @@ class Run:
                 self.model,
                 self.trainer,
                 data_id=data_id,
-                last_step=recipe.train.steps,
+                last_step=recipe.train.num_steps,
             )
             self.first_step = checkpoint.step
             self._seconds_before = float(checkpoint.metadata.get("seconds", 0.0))
@@ -103,7 +103,7 @@ class Run:
             batch_size=micro_batch,
             seed=recipe.train.seed,
             start_step=self.first_step,
-            end_step=recipe.train.steps,
+            end_step=recipe.train.num_steps,
             num_workers=recipe.data.workers,
             rank=distributed.rank(),
             world_size=ranks,
@@ -112,7 +112,7 @@ class Run:
         )
         self.progress = RunProgress(
             console,
-            recipe.train.steps,
+            recipe.train.num_steps,
             self.first_step,
             recipe.train.batch_size,
             images_per_second_at_peak=images_per_second_at_peak(recipe, device, ranks),

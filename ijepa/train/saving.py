@@ -64,9 +64,9 @@ class Saving:
         train no further would soon have pushed out the last good ones.
         """
         train = self._recipe.train
-        if not (self._put_off or due(train.checkpoint_every, done, train.steps)):
+        if not (self._put_off or due(train.checkpoint_every, done, train.num_steps)):
             return False
-        skipping = bool(self._trainer.consecutive_skips) and done < train.steps
+        skipping = bool(self._trainer.consecutive_skips) and done < train.num_steps
         if skipping and not self._put_off:
             self._progress.note(f"step {done}: not saved before there are updates again")
         self._put_off = skipping

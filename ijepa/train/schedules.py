@@ -33,13 +33,13 @@ def learning_rate(config: ScheduleConfig, step: int) -> float:
     done = step + 1
     if done < config.warmup_steps:
         return config.start_lr + (config.peak_lr - config.start_lr) * done / config.warmup_steps
-    progress = _share(done - config.warmup_steps, config.total_steps - config.warmup_steps)
+    progress = _share(done - config.warmup_steps, config.num_steps - config.warmup_steps)
     return _cosine(config.peak_lr, config.final_lr, progress)
 
 
 def weight_decay(config: ScheduleConfig, step: int) -> float:
     """From `weight_decay` to `final_weight_decay`: cosine (released code) or linear (paper)."""
-    progress = _share(step + 1, config.total_steps)
+    progress = _share(step + 1, config.num_steps)
     if config.weight_decay_shape == "cosine":
         return _cosine(config.weight_decay, config.final_weight_decay, progress)
     return config.weight_decay + (config.final_weight_decay - config.weight_decay) * progress
@@ -47,7 +47,7 @@ def weight_decay(config: ScheduleConfig, step: int) -> float:
 
 def momentum(config: ScheduleConfig, step: int) -> float:
     """Of the target encoder, linear from `momentum` to `final_momentum`."""
-    progress = _share(step, config.total_steps)
+    progress = _share(step, config.num_steps)
     return config.momentum + (config.final_momentum - config.momentum) * progress
 
 

@@ -133,7 +133,7 @@ class Trainer:
                 "cuda_graph needs a model on a CUDA device and a single process, got one on"
                 f" {device.type} in {world_size()}: leave train.cuda_graph out"
             )
-        self._loss = model
+        self._loss: Callable[..., Tensor] = model
         self.compilations: dict[tuple, float] = {}
         self._compiles = bool(compile)
         if compile == "blocks":

@@ -13,7 +13,6 @@ Item = TypeVar("Item")
 
 PATIENCE = 3.0  # seconds that what is being done may still take once a stop is asked for
 _SIGNAL = signal.SIGURG  # without a handler it does nothing, and nobody else uses it
-_END = object()
 
 
 class StoppedWaiting(BaseException):
@@ -56,9 +55,10 @@ class StoppableWait:
         iterator = iter(items)
         while True:
             with self.stoppable():
-                item = next(iterator, _END)
-            if item is _END:
-                return
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
             yield item
 
     @contextlib.contextmanager
