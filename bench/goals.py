@@ -1,10 +1,10 @@
 """What the figures of one device say of the performance goals: each goal, its target, met or not.
 
-python bench/goals.py --results bench/results        one table for each device with kernel results
+python -m bench.goals --results bench/results        one table for each device with kernel results
 
 Goals are set for an H200. Shares of the floor and ratios hold for any GPU; times are scaled by the
 copy bandwidth that was measured beside them. A goal without results has no figure, not a failure.
-Beside the targets of attention stand the shares of the floor that bench/attention_estimate.py
+Beside the targets of attention stand the shares of the floor that bench/ops/attention_estimate.py
 expected on a Hopper GPU; it knows nothing of peers.
 """
 
@@ -276,9 +276,9 @@ def goals_of(results: Results, predictions: Results) -> list[Goal]:
 def prediction_note(filed: dict) -> str:
     """Where the predictions come from."""
     return (
-        f"Predicted on {filed['date']} for an H200 by `bench/attention_estimate.py`, from the sm_90"
-        f" machine code of commit {filed['commit']}: the worst of the shapes, by the serial and by"
-        " the overlapped time."
+        f"Predicted on {filed['date']} for an H200 by `bench/ops/attention_estimate.py`, from the"
+        f" sm_90 machine code of commit {filed['commit']}: the worst of the shapes, by the serial"
+        " and by the overlapped time."
     )
 
 

@@ -1,6 +1,6 @@
 """Counts the GPU tests that passed, failed and never ran.
 
-python bench/never_ran.py OUT/tests.txt
+python -m bench.never_ran OUT/tests.txt
 
 tests.txt holds a line a test that ended, "outcome node-id", as `tests/conftest.py` writes it where
 TEST_REPORT names a file. A machine whose time was over leaves the rest of the list unwritten.

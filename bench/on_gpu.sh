@@ -93,24 +93,24 @@ compile_beside() {  # compile_beside NAME SECONDS ARGUMENTS...: fills the compil
         "$@" >"$SCRATCH/$name-$RANDOM.log" 2>&1 &
 }
 
-part packages 30 "$PYTHON" bench/packages.py
+part packages 30 "$PYTHON" -m bench.packages
 part doctor 20 "$PYTHON" -m ijepa.cli doctor
-bench ceilings 25 bench/bench_ceilings.py
+bench ceilings 25 bench/ops/bench_ceilings.py
 for size in ${BENCH_SIZES//,/ }; do
-    BENCH_SIZES=$size compile_beside step 110 bench/bench_step.py -k truncate
+    BENCH_SIZES=$size compile_beside step 110 bench/step/bench_step.py -k truncate
 done
-compile_beside attention 110 bench/bench_attention.py -k "not flex"
+compile_beside attention 110 bench/ops/bench_attention.py -k "not flex"
 # The core of every op; attention's long list of lengths is a part of its own.
 tests tests 110 -k "not test_lengths_against_float64"
 wait
-bench step "${STEP_SECONDS:-240}" bench/bench_step.py -k truncate
-bench attention 100 bench/bench_attention.py -k "not flex"
-bench optimizer 40 bench/bench_adamw_ema.py "${OPTIMIZER[@]}"
-bench tokens 60 bench/bench_gather.py bench/bench_prediction_loss.py \
-    bench/bench_predictor_tokens.py bench/bench_patch_embed.py
-bench flex 60 bench/bench_attention.py -k flex
-bench packed 60 bench/bench_step.py -k packed
-part profile 60 "$PYTHON" bench/profile_step.py --size "$SIZE" --out "$OUT/profile.json"
+bench step "${STEP_SECONDS:-240}" bench/step/bench_step.py -k truncate
+bench attention 100 bench/ops/bench_attention.py -k "not flex"
+bench optimizer 40 bench/ops/bench_adamw_ema.py "${OPTIMIZER[@]}"
+bench tokens 60 bench/ops/bench_gather.py bench/ops/bench_prediction_loss.py \
+    bench/ops/bench_predictor_tokens.py bench/ops/bench_patch_embed.py
+bench flex 60 bench/ops/bench_attention.py -k flex
+bench packed 60 bench/step/bench_step.py -k packed
+part profile 60 "$PYTHON" -m bench.step.profile_step --size "$SIZE" --out "$OUT/profile.json"
 tests lengths 90 -k "test_lengths_against_float64"
 if [ "$DRY" != --dry ]; then
     for tool in memcheck racecheck; do
@@ -118,10 +118,10 @@ if [ "$DRY" != --dry ]; then
             "$PYTHON" -m masked_vit_kernels.selftest --seed 1 --rounds 1
     done
 fi
-part curves 60 "$PYTHON" bench/precision_curves.py --steps "$STEPS" --out "$OUT/results"
-part report 15 "$PYTHON" bench/report.py --results "$OUT/results" --out "$OUT/RESULTS.md"
-"$PYTHON" bench/goals.py --results "$OUT/results"
-"$PYTHON" bench/never_ran.py "$OUT/tests.txt" | tee -a "$OUT/summary.txt"
+part curves 60 "$PYTHON" -m bench.step.precision_curves --steps "$STEPS" --out "$OUT/results"
+part report 15 "$PYTHON" -m bench.report --results "$OUT/results" --out "$OUT/RESULTS.md"
+"$PYTHON" -m bench.goals --results "$OUT/results"
+"$PYTHON" -m bench.never_ran "$OUT/tests.txt" | tee -a "$OUT/summary.txt"
 for log in "$SCRATCH"/*.log; do
     [ -e "$log" ] && { echo "======== beside the tests: $log"; tail -n 25 "$log"; } >>"$OUT/log.txt"
 done

@@ -1,6 +1,6 @@
 """Says which packages the GPU run needs, or uses where they are, cannot be imported here.
 
-python bench/packages.py
+python -m bench.packages
 """
 
 import importlib

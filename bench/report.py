@@ -1,6 +1,6 @@
 """Turns the results of the step benches and precision runs into `bench/RESULTS.md` and plots.
 
-python bench/report.py                  reads bench/results, writes bench/RESULTS.md
+python -m bench.report                  reads bench/results, writes bench/RESULTS.md
 
 Kernel tables come from the same folder. Nothing is measured here and nothing is filled in: what
 has no result has no row.
@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from goals import goal_lines
+
+from bench.goals import goal_lines
 
 HERE = Path(__file__).parent
 PHASES = ("target", "context", "predictor", "backward", "optimizer", "average")

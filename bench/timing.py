@@ -14,18 +14,16 @@ are interleaved, so that other load falls on every provider alike.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Collection
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bench.filing import save_table
 
 Provider = Callable[[dict], Callable[[], object]]
 
@@ -38,29 +36,10 @@ SLEEP_CYCLES = 400_000  # about 0.2 ms, longer than a graph's launch takes the h
 TOLERANCE = 2e-2  # of a result's error, relative to its largest value
 L2_BYTES = 128 * 2**20  # more than any of today's: one rotation touches at least this much
 
-RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
-
 
 def devices() -> list[str]:
     """Where a bench runs: the GPU if there is one, else the CPU."""
     return ["cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def device_name(device: str) -> str:
-    """The name that results are filed under."""
-    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    """Model and generation of the processor, its architecture where the system does not tell."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:
-        return platform.machine() + " cpu"
-    facts = {name.strip(): value.strip() for name, _, value in lines}
-    if "model name" not in facts:
-        return platform.machine() + " cpu"
-    return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
 
 
 @functools.cache
@@ -231,31 +210,3 @@ def device_seconds(functions: list[Callable]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def commit() -> str:
-    """What is measured; BENCH_COMMIT names it where the folder is no repository."""
-    if "BENCH_COMMIT" in os.environ:
-        return os.environ["BENCH_COMMIT"]
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except FileNotFoundError:  # no git
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def save_table(title: str, device: str, rows: dict[str, dict], **facts: object) -> None:
-    """Put a table among the kernel results of this device, in the place of an older one."""
-    path = RESULTS / f"kernels-{device_name(device).replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results[title] = {
-        "device": device_name(device),
-        "on_gpu": device == "cuda",
-        "torch": torch.__version__,
-        "commit": commit(),
-        **facts,
-        "providers": rows,
-    }
-    path.write_text(json.dumps(results, indent=2) + "\n")

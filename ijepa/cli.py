@@ -90,10 +90,10 @@ def pretrain_command(arguments: list[str]) -> int:
         checkpoint = None
 
     # torch is not needed to refuse a bad setting
-    from ijepa.distributed import launched_rank
-    from ijepa.pretrain import pretrain
-    from ijepa.progress import RunConsole
-    from ijepa.resume import resume_command
+    from ijepa.report.progress import RunConsole
+    from ijepa.train.distributed import launched_rank
+    from ijepa.train.pretrain import pretrain
+    from ijepa.train.resume import resume_command
 
     outcome = pretrain(recipe, checkpoint=checkpoint, console=RunConsole())
     if not outcome.finished and launched_rank() == 0:
@@ -104,7 +104,7 @@ def pretrain_command(arguments: list[str]) -> int:
 def plan_command(arguments: list[str]) -> int:
     """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
     if _asks_for_help(arguments):
-        from ijepa.plan import GPUS
+        from ijepa.cost.gpus import GPUS
 
         print(PLAN_USAGE.format(gpus=", ".join(GPUS), recipes=", ".join(recipe_names())))
         return 0
@@ -121,7 +121,7 @@ def plan_command(arguments: list[str]) -> int:
     given = _given_settings(arguments)
     recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
 
-    from ijepa.plan import plan_recipe, render_plan
+    from ijepa.cost.plan import plan_recipe, render_plan
 
     plan = plan_recipe(
         recipe,
@@ -151,19 +151,12 @@ COMMANDS = {"pretrain": pretrain_command, "plan": plan_command, "doctor": doctor
 
 
 def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):
-    """The checkpoint's recipe with the overrides a resumed run may take, and the checkpoint."""
-    from ijepa.resume import check_resumable, load_to_resume, run_folder_of, saved_recipe
+    """The checkpoint's recipe with the command line's values, and the checkpoint."""
+    from ijepa.train.resume import load_to_resume, saved_recipe
 
     checkpoint = load_to_resume(Path(folder))
-    run_folder = run_folder_of(checkpoint.path)
-    saved = saved_recipe(checkpoint, name)
-    recipe = with_settings(saved, implied_settings(given))
-    recipe = _override(recipe, arguments, f"--resume {folder}")
-    images = checkpoint.metadata.get("data", {}).get("images")
-    if images is not None:
-        recipe = recipe.in_steps(images)  # epochs may be given in place of the run's steps
-    check_resumable(saved, recipe, run_folder)
-    return recipe, checkpoint
+    recipe = with_settings(saved_recipe(checkpoint, name), implied_settings(given))
+    return _override(recipe, arguments, f"--resume {folder}"), checkpoint
 
 
 def _override(recipe: Recipe, arguments: list[str], title: str) -> Recipe:

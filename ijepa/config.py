@@ -14,6 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+def _known(steps: int | None, name: str) -> int:
+    if steps is None:
+        raise ValueError(f"{name} is not known yet: take `Recipe.in_steps(number of images)`")
+    return steps
+
+
 def _require(condition: bool, message: str) -> None:
     """Raise ValueError(message) where a setting is out of its range."""
     if not condition:
@@ -321,6 +327,11 @@ class ScheduleConfig:
     momentum: float = 0.996
     final_momentum: float = 1.0
 
+    @property
+    def num_steps(self) -> int:
+        """`total_steps`, of a schedule whose lengths are in steps."""
+        return _known(self.total_steps, "schedule.total_steps")
+
     def __post_init__(self):
         if self.total_steps is not None:
             _require_positive(self, "total_steps")
@@ -375,6 +386,11 @@ class TrainConfig:
     checkpoint_every: int = 500
     log_every: int = 10
     tensorboard: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """`steps`, of a recipe whose lengths are in steps."""
+        return _known(self.steps, "train.steps")
 
     def __post_init__(self):
         _require(
@@ -456,6 +472,21 @@ class Recipe:
             "the length of the run is not set: give train.steps or train.epochs",
         )
 
+    def micro_batch_size(self, ranks: int) -> int:
+        """Images that one of so many ranks takes at once.
+
+        Raises:
+            ValueError: the batch cannot be shared evenly.
+        """
+        batch, accumulate = self.train.batch_size, self.train.accumulate
+        parts = accumulate * ranks
+        _require(
+            batch % parts == 0,
+            f"train.batch_size {batch} cannot be shared among {ranks} ranks x {accumulate} "
+            f"micro-batches: the nearest that can is {max(round(batch / parts), 1) * parts}",
+        )
+        return batch // parts
+
     def _too_few_images(self, num_images: int) -> str:
         accumulate = self.train.accumulate
         largest = num_images // accumulate * accumulate
@@ -479,7 +510,10 @@ class Recipe:
         self.check_length()
         steps_per_epoch = num_images // self.train.batch_size
         _require(steps_per_epoch > 0, self._too_few_images(num_images))
-        steps = self.train.steps or max(round(self.train.epochs * steps_per_epoch), 1)
+        steps = self.train.steps
+        if steps is None:
+            assert self.train.epochs is not None  # check_length
+            steps = max(round(self.train.epochs * steps_per_epoch), 1)
         schedule = self.schedule
         warmup_steps = schedule.warmup_steps
         if schedule.warmup_epochs is not None:

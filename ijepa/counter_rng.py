@@ -27,7 +27,7 @@ def derive_keys(*parts: int | np.ndarray) -> np.ndarray:
     shape. The order matters: (1, 2) and (2, 1) give unrelated keys.
     """
     with np.errstate(over="ignore"):
-        key = np.uint64(0)
+        key: np.ndarray = np.zeros((), dtype=np.uint64)
         for part in parts:
             if isinstance(part, int):
                 part = part & 0xFFFFFFFFFFFFFFFF

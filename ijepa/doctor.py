@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,11 +13,8 @@ from masked_vit_kernels.cpu_linear import ONEDNN_DTYPES
 from rich.console import Console
 from rich.table import Table
 
-_PACKAGES = ("torch", "triton", "numpy", "pillow", "simplejpeg", "safetensors", "tyro", "rich")
-_OPTIONAL = {
-    "matplotlib": "curves.png",
-    "tensorboard": "train.tensorboard",
-}
+from ijepa.versions import installed_versions
+
 _OPS = (
     "embed_visible_patches",
     "gather_tokens",
@@ -70,16 +65,6 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def installed_versions() -> dict[str, str]:
-    """Package to version, the optional ones with what they are for."""
-    found = {"ijepa": _version("ijepa")} | {name: _version(name) for name in _PACKAGES}
-    found["CUDA of torch"] = torch.version.cuda or "none"
-    for name, use in _OPTIONAL.items():
-        there = importlib.util.find_spec(name) is not None
-        found[name] = _version(name) if there else f"not installed (only for {use})"
-    return found
-
-
 def op_table() -> list[tuple[str, str, str]]:
     """(op, where it runs on CPU tensors, where on CUDA tensors)."""
     rows = [(name, "plain PyTorch", "Triton kernel") for name in _OPS]
@@ -93,13 +78,6 @@ def _two_columns(title: str, facts: dict[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, value)
     return table
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _memory() -> str:

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ijepa.checkpoint import METADATA, CheckpointError, load_checkpoint
 from ijepa.config import VIT_SIZES, ModelConfig
 from ijepa.model import IJEPA
-from ijepa.resume import saved_recipe
+from ijepa.train.checkpoint import METADATA, CheckpointError, load_checkpoint
+from ijepa.train.resume import saved_recipe
 
 _NAMED = 8  # entries of a foreign file that are named
 
@@ -79,7 +79,7 @@ def load_run(path: str | os.PathLike) -> IJEPA:
         CheckpointError: nothing there, or something damaged or foreign.
         ValueError: settings that this version does not know.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(Path(path))
     model = _without_weights(saved_recipe(checkpoint, None).model)
     try:
         # Copies: the checkpoint's are mapped from its file.
@@ -170,9 +170,9 @@ def _read_config(
         if num_heads < 1 or size % num_heads:
             raise ValueError(f"{path}: {name} width {size} has no {num_heads} heads")
     # What the pixels were normalised with is not recorded: ImageNet's statistics for colour images.
-    pixels = (
-        {} if channels == 3 else {"image_mean": (0.0,) * channels, "image_std": (1.0,) * channels}
-    )
+    mean, std = ModelConfig.image_mean, ModelConfig.image_std
+    if channels != len(mean):
+        mean, std = (0.0,) * channels, (1.0,) * channels
     return ModelConfig(
         image_size=(side * patch_size[0], side * patch_size[1]),
         channels=channels,
@@ -184,7 +184,8 @@ def _read_config(
         predictor_width=predictor_width,
         predictor_depth=_depth(predictor, "predictor_blocks"),
         predictor_heads=num_heads,
-        **pixels,
+        image_mean=mean,
+        image_std=std,
     )
 
 

@@ -14,7 +14,7 @@ from masked_vit_kernels.pixels import extract_patches, normalize_images
 from torch import Tensor, nn
 
 from ijepa.config import ModelConfig
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 from ijepa.positions import sincos_positions
 from ijepa.vit import (
     INIT_STD,

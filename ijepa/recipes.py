@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +139,11 @@ def check_known(given: Iterable[str], valid: list[str], what: str) -> None:
 def _tables() -> dict[str, type]:
     """Table name to its dataclass."""
     hints = typing.get_type_hints(Recipe)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
 
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -148,8 +153,8 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
             f"{name_or_path} is a folder, not a recipe: images are given by "
             f"--data.path {name_or_path}, runs by --resume {name_or_path}"
         )
+    source: Traversable = Path(name_or_path)
     if _is_path(name_or_path):
-        source = Path(name_or_path)
         if not source.is_file():
             raise FileNotFoundError(
                 f"no recipe file {name_or_path}; recipes by name: {', '.join(recipe_names())}"

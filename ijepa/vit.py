@@ -8,7 +8,6 @@ checkpoints; their LayerNorms have eps 1e-6 (paper appendix A.1 names the sizes)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +112,7 @@ class Attention(nn.Module):
         mixed = varlen_attention_qkvpacked(
             qkv, packing.cu_seqlens, packing.max_seqlen, packing=packing
         )
+        assert isinstance(mixed, Tensor)  # no LSE was asked for
         return self.proj(mixed.reshape(tokens, width))
 
     def attend_from(self, kept: Tensor, kept_packing: Packing, x: Tensor, packing: Packing):
@@ -131,6 +131,7 @@ class Attention(nn.Module):
             packing_q=kept_packing,
             packing_k=packing,
         )
+        assert isinstance(mixed, Tensor)  # no LSE was asked for
         return self.proj(mixed.reshape(-1, width))
 
 
@@ -187,7 +188,7 @@ def make_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.Modu
 
 
 def run_blocks(
-    blocks: Sequence[Block],
+    blocks: nn.ModuleList,
     x: Tensor,
     packing: Packing,
     *,
@@ -211,7 +212,7 @@ def run_blocks(
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, blocks: Sequence[Block], rescale: bool) -> None:
+def initialize(module: nn.Module, blocks: nn.ModuleList, rescale: bool) -> None:
     """Truncated normal of std .02 for weights, zero biases; in place.
 
     Args:
@@ -221,9 +222,11 @@ def initialize(module: nn.Module, blocks: Sequence[Block], rescale: bool) -> Non
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(child.weight, std=INIT_STD)
-            nn.init.zeros_(child.bias)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
     if rescale:
         for layer, block in enumerate(blocks, start=1):
+            assert isinstance(block, Block)
             block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
             block.mlp.fc2.weight.div_(math.sqrt(2.0 * layer))
 
@@ -238,6 +241,9 @@ class PatchEmbed(nn.Module):
 
 class Encoder(nn.Module):
     """ViT without a class token: images, or some of their patches, to features."""
+
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()

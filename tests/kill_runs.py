@@ -7,7 +7,7 @@ optimiser must be those of a run that nobody killed, bit for bit, and the log mu
 once. It checkpoints every step and takes anew, at each start, none, one or two data workers. Killed
 is the main process alone, one rank alone, or all of the run's processes together.
 
-`test_kill_runs.py` is a short form of it.
+`train/test_kill_runs.py` is a short form of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from small_runs import small_arguments
 
-from ijepa.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
-from ijepa.metrics import read_metrics
+from ijepa.report.metrics import read_metrics
+from ijepa.train.checkpoint import Checkpoint, holds_checkpoint, load_checkpoint
 
 SETTINGS = {"train__checkpoint_every": 1, "monitor__every": 5, "monitor__evaluate": True}
 SECONDS = 300  # after which a process that should have ended hangs

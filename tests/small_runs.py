@@ -1,8 +1,12 @@
-"""A run small enough for a test: 32 procedural images of 16 px, a ViT 16 wide and 2 deep."""
+"""Runs small enough for a test: 32 procedural images of 16 px, a ViT 16 wide and 2 deep."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import torch
+from PIL import Image
 
 from ijepa.config import Recipe
 from ijepa.recipes import load_recipe
@@ -48,3 +52,17 @@ def small_arguments(output, **overrides: Any) -> list[str]:
             values = value if isinstance(value, list) else [value]
             arguments += [flag, *map(str, values)]
     return arguments
+
+
+def photographs(folder: Path, count: int, classes: int = 2) -> dict[str, Any]:
+    """`count` small images, in turn in one of so many class folders; one class is a flat folder.
+
+    Returns:
+        The settings that train on them.
+    """
+    for number in range(count):
+        inside = folder / f"class-{number % classes}" if classes > 1 else folder
+        inside.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (20, 24, 3)).byte().numpy()
+        Image.fromarray(pixels).save(inside / f"{number}.png")
+    return {"data__source": "folder", "data__path": str(folder)}

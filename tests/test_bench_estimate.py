@@ -1,15 +1,13 @@
-"""`bench/attention_estimate.py`: what of a kernel's machine code is counted, and its waits."""
+"""`bench/ops/attention_estimate.py`: what of a kernel's machine code is counted, and its waits."""
 
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from masked_vit_kernels import audit
 
-BENCH = Path(__file__).parents[1] / "bench"
 LATENCY, CACHED = 100.0, 10.0
 
 CLEARING = """
@@ -80,15 +78,13 @@ NEIGHBOURS = """
 
 
 @pytest.fixture
-def flow(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("machine_flow")
+def flow():
+    return importlib.import_module("bench.ops.machine_flow")
 
 
 @pytest.fixture
-def estimate(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("attention_estimate")
+def estimate():
+    return importlib.import_module("bench.ops.attention_estimate")
 
 
 def waits(flow, sass):
@@ -195,9 +191,9 @@ def test_predictions_cover_what_is_timed(estimate, monkeypatch):
     found = {(row["shape"], row["direction"]): row for row in filed["predictions"]}
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: True)
-        for name in ("shapes", "bench_attention"):  # anew, as on a machine with a GPU
-            patched.delitem(sys.modules, name)
-        timed = importlib.import_module("bench_attention")
+        for name in ("sizes", "ops.bench_attention"):  # anew, as on a machine with a GPU
+            patched.delitem(sys.modules, f"bench.{name}")
+        timed = importlib.import_module("bench.ops.bench_attention")
         timed = [(shape.name, part) for device, shape, part in timed.CASES]
     assert sorted(timed) == sorted((shape.name, part) for shape, part in estimate.CASES)
     assert set(found) == {

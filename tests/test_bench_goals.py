@@ -10,9 +10,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture
-def goals(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("goals")
+def goals():
+    return importlib.import_module("bench.goals")
 
 
 def table(peers, share=0.7, **facts):
@@ -157,7 +156,7 @@ def test_times_are_scaled_by_the_copy_and_steps_take_our_fastest(goals, tmp_path
 
 def test_the_report_takes_the_committed_results(goals, tmp_path, monkeypatch):
     """Predictions lie among the results; every kernel table and step still has its section."""
-    report = importlib.import_module("report")
+    report = importlib.import_module("bench.report")
     monkeypatch.setattr(report, "precision_section", lambda stem, result, out: [f"({stem})"])
     for path in (BENCH / "results").glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())

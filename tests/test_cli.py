@@ -9,10 +9,9 @@ from PIL import Image
 from small_runs import SETTINGS, small_arguments, small_recipe
 
 from ijepa import cli
-from ijepa.checkpoint import load_checkpoint
-from ijepa.components import micro_batch_size
 from ijepa.config import Recipe, TrainConfig
-from ijepa.pretrain import Outcome, pretrain
+from ijepa.train.checkpoint import load_checkpoint
+from ijepa.train.pretrain import Outcome, pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +29,14 @@ def started(monkeypatch):
         recipes.append(recipe)
         return Outcome("runs/x", finished=False)
 
-    monkeypatch.setattr("ijepa.pretrain.pretrain", record)
+    monkeypatch.setattr("ijepa.train.pretrain.pretrain", record)
     return recipes
 
 
-def test_a_batch_that_the_ranks_cannot_share(monkeypatch):
-    monkeypatch.setattr("ijepa.distributed.world_size", lambda: 3)
+def test_a_batch_that_the_ranks_cannot_share():
     recipe = Recipe(train=TrainConfig(batch_size=64, accumulate=2))
     with pytest.raises(ValueError, match="3 ranks x 2 micro-batches: the nearest that can is 66"):
-        micro_batch_size(recipe)
+        recipe.micro_batch_size(3)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,7 @@ def test_a_stopped_run_prints_how_to_go_on(started, capsys):
     assert "ijepa pretrain --resume runs/x" in capsys.readouterr().out
 
 
-def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path, capsys):
+def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path):
     run = tmp_path / "run"
     pretrain(small_recipe(run, train__steps=2))
     assert cli.main(["pretrain", "--resume", str(run), "--data.workers=3"]) == 0
@@ -116,6 +114,11 @@ def test_resume_takes_the_runs_settings_and_few_others(started, tmp_path, capsys
     assert recipe.data.workers == 3
     assert recipe.model == small_recipe(run).model and recipe.train.steps == 2
 
+
+def test_a_resumed_run_stays_the_same_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe = small_recipe(run, train__steps=2)
+    pretrain(recipe)
     for arguments, expected in (
         (["--train.seed", "2"], f"train.seed is {recipe.train.seed} in the run"),
         (["--model.depth", "3"], "model.depth is 2 in the run"),

@@ -7,10 +7,10 @@ import torch
 from small_runs import small_recipe
 
 from ijepa import IJEPA, VIT_SIZES, ModelConfig, load_official, load_run
-from ijepa.checkpoint import CheckpointError, load_checkpoint
-from ijepa.pretrain import pretrain
+from ijepa.train.checkpoint import CheckpointError, load_checkpoint
+from ijepa.train.pretrain import pretrain
 
-RELEASED = Path(__file__).parent / "data" / "tiny_a.pth.tar"
+RELEASED = Path(__file__).parent / "golden" / "tiny_a.pth.tar"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa import IJEPA, VIT_SIZES, MaskBatch, ModelConfig
-from ijepa.mask_batch import MaskSizes
+from ijepa.masks.sizes import MaskSizes
 from ijepa.positions import resize_positions, sincos_positions
 
 # 4 x 3 patches of 4 x 6 pixels, two channels

@@ -1,17 +1,13 @@
 """Pictures of a run: masks on images, and curves."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
-from small_runs import small_recipe
 
-from ijepa.mask_batch import MaskBatch
-from ijepa.report import PLOTS_NOTE, RunReport, show_files, write_report
+from ijepa.masks.batch import MaskBatch
 from ijepa.visualize import draw_mask_examples
 
 
@@ -98,19 +94,3 @@ def test_the_running_mean_is_that_of_the_last_values():
     values = np.random.default_rng().standard_normal(20)
     expected = [values[max(i - 4, 0) : i + 1].mean() for i in range(20)]
     np.testing.assert_allclose(running_mean(values, 5), expected, atol=1e-12)
-
-
-def test_without_matplotlib_the_report_says_so(batch, tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec",
-        lambda name, *rest: None if name == "matplotlib" else found(name, *rest),
-    )
-    recipe = small_recipe(tmp_path).in_steps(32)
-    console = Console(record=True, width=120)
-    report = RunReport(folder=tmp_path, recipe=recipe, images=32, seconds=2.0)
-    write_report(report, draw_mask_examples(*batch))
-    show_files(report, console)
-    assert PLOTS_NOTE in console.export_text()
-    assert not (tmp_path / "curves.png").exists() and (tmp_path / "masks.png").exists()
-    assert PLOTS_NOTE in (tmp_path / "summary.md").read_text()

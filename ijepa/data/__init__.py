@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-from ijepa.data.augment import CenterCrop, RandomResizedCrop, Squash, Transform
-from ijepa.data.batch import ImageBatch, iterate_images, load_batch
-from ijepa.data.cache import PROCEDURES, default_cache, procedural_source
+from ijepa.data.batch import ImageBatch, load_batch
 from ijepa.data.decode import ImageError
 from ijepa.data.folder import folder_source
 from ijepa.data.loader import Loader, TrainingBatch, build_loader
+from ijepa.data.procedural.dataset import PROCEDURES, default_cache, procedural_source
 from ijepa.data.sources import ArraySource, FileSource, ImageSource
+from ijepa.data.views import CenterCrop, RandomResizedCrop, Squash, Transform
 
 __all__ = [
     "ArraySource",
@@ -28,7 +28,6 @@ __all__ = [
     "build_source",
     "default_cache",
     "folder_source",
-    "iterate_images",
     "load_batch",
     "procedural_source",
 ]

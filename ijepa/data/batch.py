@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ijepa.counter_rng import derive_keys
-from ijepa.data.augment import Transform, render_view
 from ijepa.data.decode import ImageError
 from ijepa.data.sources import ImageSource, OpenedImage
+from ijepa.data.views import Transform, render_view
 
 _REPLACEMENT_STREAM = 0x5EB57
 _MAX_REPLACEMENTS = 50
@@ -58,27 +57,6 @@ def load_batch(
     for start in range(0, len(indices), _OPEN_AT_ONCE):
         _fill(batch, source, transform, keys, range(len(indices))[start : start + _OPEN_AT_ONCE])
     return batch
-
-
-def iterate_images(
-    source: ImageSource,
-    indices: np.ndarray,
-    transform: Transform,
-    batch_size: int,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Images `indices` in order, the last batch perhaps smaller: the evaluation iterator.
-
-    Args:
-        indices: (n,) image numbers.
-        transform: one that draws nothing.
-
-    Yields:
-        (B, C, H, W) uint8 and task -> (B,) int64 labels.
-    """
-    indices = np.asarray(indices, dtype=np.int64)
-    for start in range(0, len(indices), batch_size):
-        batch = load_batch(source, indices[start : start + batch_size], transform)
-        yield batch.images, batch_labels(source, batch)
 
 
 def batch_labels(source: ImageSource, batch: ImageBatch) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ import torch.utils.data
 from torch import Tensor
 
 from ijepa.counter_rng import derive_keys, random_bits
-from ijepa.data.augment import Transform
 from ijepa.data.batch import batch_labels, load_batch
 from ijepa.data.sources import ImageSource
+from ijepa.data.views import Transform
 from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
@@ -37,7 +37,7 @@ _TENSORS_PER_BATCH = 8  # upper bound, for the limit of open files
 _logger = logging.getLogger(__name__)
 
 
-class MaskSampler(Protocol):
+class DrawsMasks(Protocol):
     """(B,) uint64 keys -> the B masks of a batch (an `ijepa.MaskBatch`)."""
 
     def __call__(self, *, keys: np.ndarray) -> Any: ...
@@ -89,7 +89,7 @@ class UnreadableImages:
 
 def build_loader(
     source: ImageSource,
-    mask_sampler: MaskSampler,
+    mask_sampler: DrawsMasks,
     transform: Transform,
     *,
     batch_size: int,

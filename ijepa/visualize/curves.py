@@ -35,7 +35,7 @@ def plot_curves(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "text.color": _INK,
         "axes.edgecolor": _MUTED,
@@ -44,9 +44,9 @@ def plot_curves(
         "ytick.color": _MUTED,
     }
     with rc_context(style):
-        figure = Figure(figsize=(12, 9.6 if mask_examples is not None else 6), layout="constrained")
+        figure = Figure(figsize=(12, 9.6 if mask_examples is not None else 6))
         figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
-        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+        figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
         ratios = [1, 1, 1.55] if mask_examples is not None else [1, 1]
         grid = figure.add_gridspec(len(ratios), 3, height_ratios=ratios)
         axes = [figure.add_subplot(grid[row, column]) for row in (0, 1) for column in (0, 1, 2)]

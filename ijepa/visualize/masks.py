@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ijepa.mask_batch import MaskBatch
+from ijepa.masks.batch import MaskBatch
 
 PALETTE = ((226, 88, 34), (46, 134, 193), (241, 196, 15), (39, 174, 96), (142, 68, 173))
 _PAPER = 255

@@ -1,0 +1,1 @@
+"""What a recipe costs before it is started: operations, memory, days on a GPU."""

@@ -1,0 +1,1 @@
+"""Images that a procedure draws: shapes, and scenes of solids, with labels."""

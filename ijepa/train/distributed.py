@@ -1,0 +1,180 @@
+"""Data parallelism under torchrun; every function is a no-op in a single process.
+
+The process group starts only where torchrun's environment says so. Each rank takes its share of
+every batch. Losses are divided by the step's global element count, so gradients are summed, not
+averaged, and the number of ranks changes nothing but the order of additions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from ijepa.train.lost_ranks import RankRegister
+
+Value = TypeVar("Value")
+
+_register: RankRegister | None = None  # of the process group, while there is one
+_BUCKET_ELEMENTS = 1 << 24  # gradients that are summed in one message
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the process group that torchrun describes; returns this rank's own device.
+
+    Without RANK and WORLD_SIZE in the environment nothing happens.
+    """
+    if not _launched_with_others():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    # This module holds the default group in default arguments. Imported after the group exists
+    # (torch.compile does so) it would keep it past `stop`, and with it gloo's threads,
+    # which then sometimes abort the process as it exits.
+    importlib.import_module("torch.distributed.nn.functional")
+    store, number, ranks = next(rendezvous("env://"))
+    global _register
+    _register = RankRegister(store, number, ranks)  # before the group, which waits for all of them
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks)
+    return device
+
+
+def _launched_with_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def launched_rank() -> int:
+    """This process's number as it was started, also where there is no process group (any more)."""
+    return int(os.environ["RANK"]) if _launched_with_others() else 0
+
+
+def stop() -> None:
+    """Leave the process group."""
+    global _register
+    _register = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(reason: str) -> None:
+    """Tell the other ranks why this one ends before its time."""
+    if _register is not None:
+        _register.leave(reason)
+
+
+def _collective() -> contextlib.AbstractContextManager[None]:
+    """Around every collective operation: where it fails, `RankLost` names the rank that is gone."""
+    return contextlib.nullcontext() if _register is None else _register.collective()
+
+
+def rank() -> int:
+    """This process's number, 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        with _collective():
+            dist.barrier()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on every rank; the tensor itself in a single process."""
+    if world_size() > 1:
+        value = value.clone()
+        with _collective():
+            dist.all_reduce(value)
+    return value
+
+
+def from_main(value: object) -> object:
+    """Rank 0's picklable value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    with _collective():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_main(function: Callable[[], Value]) -> Value:
+    """What rank 0 gets from `function`, on every rank; an error is raised on every rank too."""
+    result: object = None
+    if is_main():
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            if world_size() == 1:
+                raise
+            result = error
+    result = from_main(result)
+    if isinstance(result, Exception):
+        raise result
+    return result  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its sum over the ranks, in place, a flat bucket at a time."""
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        full = sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS
+        if bucket and (full or bucket[0].dtype != parameter.grad.dtype):
+            _sum_bucket(bucket)
+            bucket = []
+        bucket.append(parameter.grad)
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    with _collective():
+        dist.all_reduce(flat)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+class LateVote:
+    """Whether any rank said yes, told one call later, so that nobody waits for the device.
+
+    Every rank must ask equally often, and all hear the same answer at the same call. A single
+    process hears its own answer at once.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pending: Tensor | None = None
+
+    def any(self, value: bool) -> bool:
+        """This rank's vote now; returns the ranks' verdict on the call before."""
+        if world_size() == 1:
+            return value
+        previous = self._pending
+        self._pending = sum_over_ranks(torch.tensor(float(value), device=self._device))
+        return previous is not None and bool(previous.item())

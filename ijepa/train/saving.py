@@ -1,0 +1,158 @@
+"""The checkpoints of a run: when they are due, what goes into them, and how a run takes one up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from ijepa.config import Recipe
+from ijepa.model import IJEPA
+from ijepa.recipes import recipe_to_dict
+from ijepa.report.metrics import MetricsWriter
+from ijepa.report.progress import RunProgress
+from ijepa.train import distributed
+from ijepa.train.checkpoint import (
+    METADATA,
+    Checkpoint,
+    CheckpointError,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+)
+from ijepa.train.divergence import check_finite
+from ijepa.train.run_folder import RunFolder
+from ijepa.train.schedules import due
+from ijepa.train.trainer import Trainer
+
+
+class Saving:
+    """Saves a run, by its first rank.
+
+    Args:
+        recipe: settings, lengths in steps.
+        data_id: what the data are known by, see `from_recipe.data_fingerprint`.
+        seconds: how long the run has trained so far.
+        saved_step: of the checkpoint that the run goes on from, None where it begins.
+
+    Attributes:
+        unwritten: why the latest save is missing, None where it is not.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        trainer: Trainer,
+        folder: RunFolder,
+        *,
+        metrics: MetricsWriter | None,
+        progress: RunProgress,
+        data_id: dict[str, int | str],
+        seconds: Callable[[], float],
+        saved_step: int | None,
+    ):
+        self._recipe, self._trainer, self._folder = recipe, trainer, folder
+        self._metrics, self._progress = metrics, progress
+        self._data_id, self._seconds = data_id, seconds
+        self._saved_step = saved_step
+        self._put_off = False
+        self.unwritten: OSError | None = None
+
+    def due(self, done: int) -> bool:
+        """Whether it is time for a checkpoint.
+
+        While updates are skipped it is put off until one is made again: checkpoints of weights that
+        train no further would soon have pushed out the last good ones.
+        """
+        train = self._recipe.train
+        if not (self._put_off or due(train.checkpoint_every, done, train.num_steps)):
+            return False
+        skipping = bool(self._trainer.consecutive_skips) and done < train.num_steps
+        if skipping and not self._put_off:
+            self._progress.note(f"step {done}: not saved before there are updates again")
+        self._put_off = skipping
+        return not skipping
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps, by the first rank, once the log is on the disk.
+
+        Where there is no room it says so and training goes on: the next save tries again.
+
+        Raises:
+            WeightsNotFinite: nothing was written.
+        """
+        if self._metrics is None or done == self._saved_step:
+            return
+        weights = self._trainer.weights()
+        check_finite(weights, done)
+        try:
+            if self._folder.put_back(self._recipe, self._metrics):
+                self._progress.note(f"{self._folder.path} was deleted while the run goes on: it is "
+                                    "back, with recipe.json and metrics.jsonl")  # fmt: skip
+            self._metrics.sync()
+            save_checkpoint(
+                self._folder.path,
+                done,
+                weights=weights,
+                state={"trainer": self._trainer.state_dict(), "random": random_states()},
+                metadata={
+                    "config": recipe_to_dict(self._recipe),
+                    "data": {**self._data_id, "next_step": done},
+                    "seconds": self._seconds(),
+                },
+            )
+        except OSError as error:
+            self.unwritten = error
+            self._progress.note(f"step {done}: NOT SAVED, the next save will try again: {error}")
+        else:
+            self.unwritten, self._saved_step = None, done
+
+    def latest(self) -> str | None:
+        """What there is to go on from, as "step 500"; None before the first checkpoint."""
+        return None if self._saved_step is None else f"step {self._saved_step}"
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: IJEPA,
+    trainer: Trainer,
+    *,
+    data_id: dict[str, int | str],
+    last_step: int,
+) -> None:
+    """Weights, optimiser, counters and random states of a checkpoint.
+
+    Args:
+        data_id: of the run's data, which have to be the checkpoint's.
+        last_step: where the run ends.
+
+    Raises:
+        CheckpointError: it is of other data, other networks, or a step beyond the last.
+    """
+    _check_data(checkpoint, data_id)
+    try:
+        model.load_state_dict(checkpoint.weights)
+        trainer.load_state_dict(checkpoint.state["trainer"])
+        set_random_states(checkpoint.state["random"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
+    if distributed.is_main():
+        os.utime(checkpoint.path / METADATA)  # the newest of the run, whatever its step
+    if trainer.step_index != checkpoint.step:
+        raise CheckpointError(
+            f"{checkpoint.path} is of step {checkpoint.step}, but its optimiser of step "
+            f"{trainer.step_index}"
+        )
+    if checkpoint.step > last_step:
+        raise CheckpointError(
+            f"{checkpoint.path} is of step {checkpoint.step}, beyond train.steps {last_step}"
+        )
+
+
+def _check_data(checkpoint: Checkpoint, data_id: dict[str, int | str]) -> None:
+    saved = checkpoint.metadata.get("data", {})
+    for name, value in data_id.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other data: {name} is "
+                f"{saved.get(name)!r} there and {value!r} here"
+            )
