@@ -23,27 +23,27 @@ cd "$(dirname "$0")/.."
 mkdir -p "$OUT/results"
 OUT=$(cd "$OUT" && pwd)
 PYTHON=${PYTHON:-python3}
-BENCH_SECONDS=${BENCH_SECONDS:-520}
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 BENCH_RESULTS="$OUT/results"
 : >"$OUT/summary.txt"
 : >"$OUT/log.txt"
 
-if compgen -G ".carry/*.whl" >/dev/null && [ "$DRY" != --dry ]; then
+CARRY=${CARRY:-.carry}
+if compgen -G "$CARRY/*.whl" >/dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$SCRATCH/site" .carry/*.whl >>"$OUT/log.txt" 2>&1
+        --target "$SCRATCH/site" "$CARRY"/*.whl >>"$OUT/log.txt" 2>&1
     export PYTHONPATH=$PYTHONPATH:$SCRATCH/site
 fi
 
 if [ "$DRY" = --dry ]; then
     export OMP_NUM_THREADS=1 BENCH_THREADS=1 BENCH_ROUNDS=1 BENCH_SIZES=demo
-    SIZE=demo STEPS=3
+    SIZE=demo STEPS=3 SLOWER=5  # times a GPU machine's time
     GPU_TESTS=(-m gpu --collect-only)  # there is nothing to run them on
     OPTIMIZER=(-k foreach)             # nor the optimiser's GPU benches: one of the CPU stands in
 else
     export BENCH_SIZES=${BENCH_SIZES:-B/16}  # compiling takes most of a step bench
-    SIZE=${BENCH_SIZES%%,*} STEPS=300
+    SIZE=${BENCH_SIZES%%,*} STEPS=300 SLOWER=1
     GPU_TESTS=(-m gpu -v --timeout 90 --timeout-method thread)
     "$PYTHON" -c 'import xdist' 2>/dev/null && GPU_TESTS+=(-n "${TEST_PROCESSES:-10}")
     OPTIMIZER=(-m gpu)
@@ -51,10 +51,12 @@ else
     export BENCH_PROVIDERS=${BENCH_PROVIDERS-"bf16 weights.*blocks|best stock, blocks|released"}
 fi
 
+BENCH_SECONDS=${BENCH_SECONDS:-$((520 * SLOWER))}
+
 chosen() { [[ " ${ONLY:-$1} " == *" $1 "* ]]; }
 
 part() {  # part NAME SECONDS COMMAND...
-    local name=$1 limit=$2 start=$SECONDS left=$((BENCH_SECONDS - SECONDS)) status
+    local name=$1 limit=$(($2 * SLOWER)) start=$SECONDS left=$((BENCH_SECONDS - SECONDS)) status
     shift 2
     chosen "$name" || return 0
     [ "$name" = report ] || left=$((left - 15))

@@ -10,7 +10,7 @@ import pytest
 
 from bench.never_ran import outcomes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PARTS = ("ceilings", "step", "attention", "optimizer", "tokens", "packed", "profile", "report")
 FILES = {
     "attention": "bench_attention", "optimizer": "bench_adamw_ema", "step": "-k truncate",
