@@ -105,7 +105,7 @@ class OnePass:
     @torch.no_grad()
     def update_alone(self) -> None:
         """The CPU update without the gradient norm."""
-        plan = self.optimizer._plan
+        plan = self.optimizer._current_plan()
         gradients = [slot.gradient() for slot in plan.slots]
         adamw_ema_cpu.step_on_cpu(
             plan.slots,
@@ -134,30 +134,35 @@ class Stock:
         self.weight_copies = [p.detach().bfloat16() for p in self.parameters]
         self.target_copies = [t.bfloat16() for t in self.targets]
         self.implementation = implementation
-        kind = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
-        capturable = {"capturable": True} if device == "cuda" else {}
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=LR, weight_decay=DECAY, **kind[implementation], **capturable
+            self.parameters,
+            lr=LR,
+            weight_decay=DECAY,
+            fused=implementation == "fused",
+            foreach=implementation == "foreach",
+            capturable=device == "cuda",
         )
         self.update_alone()
 
     @torch.no_grad()
     def update_alone(self) -> None:
-        gradients = [p.grad for p in self.parameters]
         if self.casts_gradients:
-            torch._foreach_copy_(gradients, self.gradients)
+            torch._foreach_copy_(self._own_gradients(), self.gradients)
         self.optimizer.step()
         if self.implementation == "loop":  # as the released code: mul_ and add_ a tensor
             for source, target in zip(self.sources, self.targets, strict=True):
                 target.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * source)
         else:
             torch._foreach_lerp_(self.targets, self.sources, 1.0 - MOMENTUM)
-        torch._foreach_copy_(self.weight_copies, self.parameters)
+        torch._foreach_copy_(self.weight_copies, [p.detach() for p in self.parameters])
         torch._foreach_copy_(self.target_copies, self.targets)
 
     def with_norm(self) -> None:
-        nn.utils.get_total_norm([p.grad for p in self.parameters])
+        nn.utils.get_total_norm(self._own_gradients())
         self.update_alone()
+
+    def _own_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 def timed(function: Callable[[], None], device: str) -> float:
