@@ -127,9 +127,7 @@ def _compare(case, results, q, k, v, dout, cu_seqlens_q, cu_seqlens_k, scale) ->
     total_q, total_k = int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1])
     leaves = [x[:n].cpu().double() for x, n in ((q, total_q), (k, total_k), (v, total_k))]
     exact_inputs = q, k, v = [x.requires_grad_() for x in leaves]
-    out, lse = reference.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale
-    )
+    out, lse = reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale)
     upstream = dout[:total_q].cpu()
     exact = dict(out=out.detach(), lse=lse.detach())
     exact |= zip(

@@ -190,10 +190,12 @@ def interleaved(functions: dict[str, Callable[[], None]], device: str) -> dict[s
     return {name: rounds[1:] for name, rounds in seconds.items()}
 
 
-def model_bytes(model: str, per_parameter: tuple[int, int]) -> int:
+def model_bytes(model: str, per_parameter: tuple[int, int], norm_bytes: int = 0) -> int:
+    """Of a step; `norm_bytes` are those that the gradient norm reads of every parameter."""
     with_partner = sum(torch.Size(s).numel() for s in encoder_shapes(model))
     without = sum(torch.Size(s).numel() for s in predictor_shapes(model))
-    return with_partner * per_parameter[0] + without * per_parameter[1]
+    of_update = with_partner * per_parameter[0] + without * per_parameter[1]
+    return of_update + (with_partner + without) * norm_bytes
 
 
 def report(title: str, seconds: dict[str, list[float]], bytes_of: dict[str, int]) -> dict:
@@ -270,12 +272,9 @@ def test_gpu_step(model, gradient_dtype):
     one_pass.optimizer.upload_hyper_parameters()
     providers = {name: Stock(model, "cuda", gradient_dtype, name) for name in ("fused", "loop")}
     functions |= {name: captured(stock.with_norm) for name, stock in providers.items()}
-    norm_bytes = gradient_dtype.itemsize
     bytes_of = {
-        "one pass": model_bytes(
-            model, tuple(b + norm_bytes for b in ONE_PASS_BYTES[gradient_dtype])
-        ),
-        "fused": model_bytes(model, tuple(b + 4 for b in FUSED_BYTES[gradient_dtype])),
+        "one pass": model_bytes(model, ONE_PASS_BYTES[gradient_dtype], gradient_dtype.itemsize),
+        "fused": model_bytes(model, FUSED_BYTES[gradient_dtype], norm_bytes=4),
     }
     title = f"ViT-{model}, {gradient_dtype} gradients, with norm"
     rows = report(title, interleaved(functions, "cuda"), bytes_of)

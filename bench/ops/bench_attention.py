@@ -262,6 +262,7 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
         return lambda s: lambda: attend(*(x.detach() for x in _leaves(s, name)))
 
     forwards = {name: forward_of(name, attend) for name, attend in built.items()}
+
     def backward_of_leaves(name: str, attend: Attend):
         return lambda s: backward_of(attend, _leaves(s, name))
 
