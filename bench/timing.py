@@ -108,7 +108,7 @@ def compare(
         for name, functions in calls.items():
             graph = None
             if stream and name not in uncapturable:
-                graph = _capture(functions * repeats, stream)
+                graph = graph_of(functions * repeats, stream)
             captured[name] = [graph.replay] if graph else functions
             if stream and graph is None:
                 eager.add(name)
@@ -165,7 +165,7 @@ def _error(found: Any, expected: Any) -> float:
     return largest
 
 
-def _capture(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+def graph_of(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
     """All functions as one CUDA graph, or None where they cannot be captured."""
     for _ in range(3):
         for function in functions:

@@ -239,7 +239,7 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
     width = shape.predictor_width if part == "predictor" else shape.width
     heads = HEADS[shape.name[0]]
     head_dim = width // heads
-    packing, dtype = _packing(shape, part).to(device), DTYPES[device]
+    packing, dtype = packed_part(shape, part).to(device), DTYPES[device]
     total = packing.capacity
 
     def make_inputs() -> dict:
@@ -297,7 +297,7 @@ def _backward_facts(backward: Callable[[], tuple], row_bytes: int, device: str) 
     return facts
 
 
-def _packing(shape: Shape, part: str) -> Packing:
+def packed_part(shape: Shape, part: str) -> Packing:
     if part == "target":
         return pack_lengths([shape.num_patches] * shape.batch)
     masks = shape.masks()

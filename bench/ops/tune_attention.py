@@ -33,8 +33,8 @@ from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
-from bench.ops.bench_attention import CASES, HEADS, _packing
-from bench.timing import _capture, rounds_of
+from bench.ops.bench_attention import CASES, HEADS, packed_part
+from bench.timing import graph_of, rounds_of
 
 LENGTHS = (129, 197, 0, 256, 16, 65, 1, 128, 64, 63, 150, 200)  # of the check
 FORWARD = (
@@ -188,7 +188,7 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
     width = shape.predictor_width if part == "predictor" else shape.width
     heads = HEADS[shape.name[0]]
     head_dim, scale = width // heads, (width // heads) ** -0.5
-    packing = _packing(shape, part).to("cuda")
+    packing = packed_part(shape, part).to("cuda")
     longest, total = packing.max_seqlen, packing.capacity
     side = Sequences.of(packing.cu_seqlens, longest, packing)
     element_bytes = 2 * total * heads * head_dim
@@ -224,7 +224,7 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
     def microseconds(functions) -> float:
         with torch.cuda.stream(stream):
             repeats = max(1, 12 // len(functions))
-            graph = _capture(functions * repeats, stream)
+            graph = graph_of(functions * repeats, stream)
             if graph is None:
                 raise RuntimeError("our own launches could not be captured")
             rounds = rounds_of({"it": [graph.replay]}, "cuda")["it"]
