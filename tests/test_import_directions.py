@@ -76,13 +76,13 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "visualize": {"masks"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
-        "evaluate": {"model", "vit"},
+        "evaluate": {"config", "data", "model", "vit"},
         "report": {"config", "disk", "evaluate", "versions", "visualize"},
         "train": {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
             "model", "visualize", "cost", "evaluate", "report",
         },
-        "interop": {"config", "model", "train"},
+        "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "doctor": {"versions"},
         "cli": {FACE, "config", "recipes", "cost", "report", "train", "doctor"},
     },
