@@ -83,8 +83,12 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "model", "visualize", "cost", "evaluate", "report",
         },
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
+        "downstream": {
+            "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
+            "evaluate", "report", "train", "interop", "visualize",
+        },
         "doctor": {"versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "doctor"},
+        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.
