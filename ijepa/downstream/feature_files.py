@@ -72,6 +72,8 @@ class FeatureFiles:
                     f"{folder} holds {FEATURES} or {NAMES} without {DESCRIPTION}: choose another "
                     "folder, or remove them"
                 )
+            else:  # first of all: whoever is killed now leaves a folder that can be gone on with
+                self._describe()
             self._open()
         except BaseException:
             self._lock.release()
@@ -107,7 +109,7 @@ class FeatureFiles:
             for file in (self._features, self._names):
                 file.flush()
                 os.fsync(file.fileno())
-            write_whole(self.folder / DESCRIPTION, json.dumps(self._description(), indent=1))
+            self._describe()
             self._write_header()
             if complete:
                 os.fsync(self._features.fileno())
@@ -120,8 +122,8 @@ class FeatureFiles:
         self._names.close()
         self._lock.release()
 
-    def _description(self) -> dict[str, Any]:
-        return {
+    def _describe(self) -> None:
+        described = {
             "format": FORMAT,
             "complete": self.complete,
             **self._about,
@@ -134,6 +136,7 @@ class FeatureFiles:
             "unreadable": self.unreadable,
             "versions": versions(),
         }
+        write_whole(self.folder / DESCRIPTION, json.dumps(described, indent=1))
 
     def _take_up(self) -> None:
         before = read_description(self.folder)
@@ -147,7 +150,7 @@ class FeatureFiles:
         self._names_bytes = int(before["names_bytes"])
         self.complete = bool(before["complete"])
         self.unreadable = dict(before["unreadable"])
-        wanted = {FEATURES: _HEADER_BYTES + 4 * self.rows * self.width, NAMES: self._names_bytes}
+        wanted = {FEATURES: self._features_bytes(), NAMES: self._names_bytes} if self.rows else {}
         for name, size in wanted.items():
             path = self.folder / name
             found = path.stat().st_size if path.exists() else 0
@@ -164,9 +167,12 @@ class FeatureFiles:
         self._names = (self.folder / NAMES).open("r+b")
         self._names.truncate(self._names_bytes)
         self._names.seek(self._names_bytes)
-        self._features.truncate(_HEADER_BYTES + 4 * self.rows * self.width)
+        self._features.truncate(self._features_bytes())
         self._write_header()
         self._features.seek(0, os.SEEK_END)
+
+    def _features_bytes(self) -> int:
+        return _HEADER_BYTES + 4 * self.rows * self.width
 
     def _write_header(self) -> None:
         os.pwrite(self._features.fileno(), npy_header(self.rows, self.width), 0)

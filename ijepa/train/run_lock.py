@@ -44,8 +44,8 @@ class RunLock:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise RunLocked(
-                f"{folder} is being {what_is_done} by {holder or 'another process'}: wait until it ends, "
-                "or stop it"
+                f"{folder} is being {what_is_done} by {holder or 'another process'}: wait until "
+                "it ends, or stop it"
             ) from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
             holder = f"process {os.getpid()} on {socket.gethostname()}"
