@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ijepa.data import folder_source
 from ijepa.data.decode import ImageError
-from ijepa.data.views import CenterCrop, Transform
+from ijepa.data.views import Squash, Transform
 from ijepa.disk import written_aside
 from ijepa.downstream.embed import Embedding, embed_source
 from ijepa.downstream.feature_files import FEATURES, read_features
@@ -43,9 +43,9 @@ def transform_at(encoder: PretrainedEncoder, side: int | None) -> Transform:
         return encoder.transform
     size = (side, side)
     encoder.check_size(size)
-    if isinstance(encoder.transform, CenterCrop):
-        return evaluation_crop(size)
-    return dataclasses.replace(encoder.transform, size=size)
+    if isinstance(encoder.transform, Squash):
+        return dataclasses.replace(encoder.transform, size=size)
+    return evaluation_crop(size)
 
 
 def embed_folder(options: EmbedOptions) -> None:
