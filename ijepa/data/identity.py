@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from ijepa.data.sources import ArraySource, ImageSource
+from ijepa.data.subset import SourceSubset
 
 
 def source_identity(source: ImageSource) -> str:
@@ -13,6 +14,9 @@ def source_identity(source: ImageSource) -> str:
 
     The files' content is not read, and their folder may move.
     """
+    if isinstance(source, SourceSubset):
+        whole = source_identity(source.source)
+        return hashlib.sha256(whole.encode() + source.indices.tobytes()).hexdigest()[:16]
     digest = hashlib.sha256(f"{len(source)} {source.channels}".encode())
     if isinstance(source, ArraySource):
         digest.update(repr(source.images.shape).encode())
