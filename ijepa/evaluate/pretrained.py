@@ -19,7 +19,7 @@ from ijepa.data.pillow_pixels import pillow_pixels
 from ijepa.data.regular_files import read_regular_file
 from ijepa.data.sources import ArraySource, OpenedImage
 from ijepa.data.views import CenterCrop, Transform, render_view
-from ijepa.evaluate.features import Layers, block_features
+from ijepa.evaluate.features import CONCATENATED_BLOCKS, Layers, block_features
 from ijepa.vit import Encoder
 
 Picture = str | os.PathLike | Image.Image
@@ -88,7 +88,10 @@ class PretrainedEncoder(Encoder):
         self._check(images)
         if pool not in ("mean", None):
             raise ValueError(f"pool must be 'mean' or None, got {pool!r}")
-        features = block_features(self, images.to(self.pos_embed.device), layers)  # (B, N, D)
+        images = images.to(self.pos_embed.device)
+        if not len(images):
+            return self._no_features(images, layers, pool)
+        features = block_features(self, images, layers)  # (B, N, D)
         return features.mean(dim=1) if pool == "mean" else features
 
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> Tensor:
@@ -115,6 +118,17 @@ class PretrainedEncoder(Encoder):
                 raise ImageError(f"{picture}: {error}") from None
         return batch
 
+    def feature_width(self, layers: Layers) -> int:
+        """D of the features of such layers."""
+        blocks = 1 if layers == "last" else min(CONCATENATED_BLOCKS, self.config.depth)
+        return blocks * self.config.width
+
+    def _no_features(self, images: Tensor, layers: Layers, pool: str | None) -> Tensor:
+        """Those of no image."""
+        patches = [s // p for s, p in zip(images.shape[2:], self.patch_size, strict=True)]
+        each = [] if pool == "mean" else [patches[0] * patches[1]]
+        return torch.empty(0, *each, self.feature_width(layers), device=images.device)
+
     def fingerprint(self) -> str:
         """A hash of the weights and of what else decides about features, of 16 hex digits."""
         digest = hashlib.sha256(repr((self.config.heads, self.config.image_mean,
@@ -124,20 +138,24 @@ class PretrainedEncoder(Encoder):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def _check(self, images: Tensor) -> None:
-        channels, patch = self.config.channels, self.patch_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(
-                f"images must be uint8 of shape (B, {channels}, H, W), as `preprocess` returns, "
-                f"got {images.dtype} {tuple(images.shape)}"
-            )
-        size = tuple(images.shape[2:])
-        if size[0] % patch[0] or size[1] % patch[1] or min(size) == 0:
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError unless whole patches cover images of (height, width) `size`."""
+        patch = self.patch_size
+        if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
             nearest = [max(round(s / p), 1) * p for s, p in zip(size, patch, strict=True)]
             raise ValueError(
                 f"{size[0]}x{size[1]} pixels are no whole patches of {patch[0]}x{patch[1]}: the "
                 f"nearest size that is one is {nearest[0]}x{nearest[1]}"
             )
+
+    def _check(self, images: Tensor) -> None:
+        channels = self.config.channels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must be uint8 of shape (B, {channels}, H, W), as `preprocess` returns, "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+        self.check_size((images.shape[2], images.shape[3]))
 
 
 def _open(picture: Picture, channels: int) -> OpenedImage:
