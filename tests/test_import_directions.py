@@ -58,7 +58,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "audit": {"catalogue", "compile", "launch"},
         # The oracle: whoever judges with it imports it, and it shares no code with what it judges.
         "reference": {"packing"},
-        "selftest": {FACE, "attention", "catalogue", "reference"},
+        "selftest": {FACE, "attention", "tokens", "catalogue", "reference"},
     },
     "ijepa": {
         FACE: set(),  # its names are imported on first use
