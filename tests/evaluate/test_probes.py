@@ -8,6 +8,7 @@ from ijepa.evaluate import encoder_features, knn_accuracy, linear_probe_accuracy
 from ijepa.evaluate.closing import closing_table
 from ijepa.evaluate.guessing import commonest_class_accuracy
 from ijepa.evaluate.images import LabelledImages, ProbesNotFitted
+from ijepa.evaluate.knn import knn_accuracies
 from ijepa.model import IJEPA
 
 
@@ -81,7 +82,9 @@ def test_knn_is_the_weighted_vote_of_the_nearest():
         for i in nearest:
             votes[train_labels[i]] += torch.tensor(cosines[i] / 0.07).exp().item()
         correct += votes.index(max(votes)) == label
-    found = knn_accuracy(train, train_labels, test, test_labels, neighbours=5, batch_size=5)
+    found = knn_accuracies(
+        train, train_labels, test, test_labels, neighbours=(1, 5, 99), test_rows=5, train_rows=4
+    )[5]
     assert found == pytest.approx(correct / 12)
 
 

@@ -123,8 +123,8 @@ def split_in_two(both: Split, class_names: Sequence[str], name: str) -> Task:
     for label in range(len(class_names)):
         of_class = order[both.labels[order] == label]
         tested[of_class[: max(1, len(of_class) // 5)]] = True
-    parts = (both.subset(np.flatnonzero(part)) for part in (~tested, tested))
-    return Task(name, *parts, tuple(class_names))
+    train, test = (both.subset(np.flatnonzero(part)) for part in (~tested, tested))
+    return Task(name, train, test, tuple(class_names))
 
 
 def file_split(
