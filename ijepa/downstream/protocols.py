@@ -63,7 +63,7 @@ def _transfer(epochs: int, milestones: tuple[int, ...], train: View, test: View)
 # The paper's where there are two; with "-released" the released configuration's.
 PROTOCOLS: dict[str, LinearProtocol] = {
     # Ours, for quick work: the views of `ijepa embed`, so that features are computed once.
-    "cached": LinearProtocol("lars", 50, 1024, (0.1, 0.3, 1.0, 3.0), (5e-4, 0.0), (15, 30, 45)),
+    "cached": LinearProtocol("sgd", 50, 256, (0.01, 0.03, 0.1, 0.3), (5e-4, 0.0)),
     "imagenet": _imagenet((0.01, 0.05, 0.001)),
     "imagenet-released": _imagenet((0.1, 0.01)),
     "cifar100": _transfer(28, (8, 16, 24), "squash", "squash"),

@@ -55,9 +55,7 @@ def listed_images(file: Path, names: list[str]) -> np.ndarray:
     wanted = [Path(line).name for line in wanted if line]
     number = {Path(name).name: place for place, name in enumerate(names)}
     if len(number) < len(names):
-        raise ValueError(
-            f"{len(names) - len(number)} images share their file name with another one"
-        )
+        raise ValueError(f"{len(names) - len(number)} images share their file name with others")
     unknown = [name for name in wanted if name not in number]
     if unknown or not wanted:
         found = f"{len(unknown)} of {len(wanted)} names in {file} are of no image"

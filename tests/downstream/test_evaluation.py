@@ -78,10 +78,10 @@ def test_probes_agree_with_scikit_learn_on_the_same_features(run, folder):
     train, test = bench.features("train"), bench.features("test")
     scaler = StandardScaler().fit(train.last4)
     theirs = max(
-        LogisticRegression(C=c, max_iter=2000)
+        LogisticRegression(C=c, max_iter=500)
         .fit(scaler.transform(train.last4), train.labels)
         .score(scaler.transform(test.last4), test.labels)
-        for c in (0.1, 1, 10, 100)
+        for c in (1, 100)
     )
     assert theirs > 0.6  # brightness tells the classes: there is something to agree about
     noise = 2 * (theirs * (1 - theirs) / len(test.labels)) ** 0.5 + 1e-9
