@@ -71,7 +71,8 @@ def clevr(root: Path, each: int = 16) -> Path:
 def inat18(root: Path, classes: int = 5, each: int = 3) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", each), ("val", 1)):
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations = []
         for number in range(classes * count):
             label = number % classes
             name = f"train_val2018/Birds/{label}/{part}{number}.jpg"

@@ -168,7 +168,7 @@ class Loader:
                         f"a data worker died for the second time ({error}): killed for want of "
                         "memory, or by an image? Try fewer data.workers, or 0"
                     ) from error
-                _logger.warning("%s: new workers make its batches again", error)
+                _logger.warning("a data worker died (%s): new ones make its batches again", error)
                 batches, replaced = self._start(item), True
                 continue
             except BaseException as error:
