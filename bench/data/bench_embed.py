@@ -58,7 +58,7 @@ def encoder_alone(encoder: PretrainedEncoder, batches: int) -> float:
 def decoder_alone(folder: Path, encoder: PretrainedEncoder, workers: int) -> float:
     """Images a second of decoding and cropping, by as many processes as the command takes."""
     source = folder_source(folder, cache_bytes=0)
-    ranges = [range(at, min(at + BATCH, len(source))) for at in range(0, len(source), BATCH)]
+    ranges = np.array_split(np.arange(len(source)), -(-len(source) // BATCH))
     started = time.perf_counter()
     for _ in batches_in_order(source, encoder.transform, ranges, workers):
         pass

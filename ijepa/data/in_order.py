@@ -1,8 +1,8 @@
-"""Every image of a source once and in order, the unreadable ones left out."""
+"""Images of a source in the order that is asked for, the unreadable ones left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch.utils.data
@@ -17,16 +17,22 @@ from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_d
 _PREFETCHED = 2  # batches a worker prepares ahead
 
 
-def readable_batch(source: ImageSource, indices: np.ndarray, transform: Transform) -> ImageBatch:
-    """Images `indices` (B,), those that cannot be read left out of `images` and `indices`."""
+def readable_batch(
+    source: ImageSource, indices: np.ndarray, transform: Transform, keys: np.ndarray
+) -> ImageBatch:
+    """Images `indices` (B,), those that cannot be read left out of `images` and `indices`.
+
+    Args:
+        keys: (B,) uint64 that random views are drawn with.
+    """
     images = torch.empty(len(indices), source.channels, *transform.size, dtype=torch.uint8)
     read: list[int] = []
     unreadable: dict[int, str] = {}
-    key = np.zeros(1, dtype=np.uint64)
-    for index in np.asarray(indices).tolist():
+    for position, index in enumerate(np.asarray(indices).tolist()):
         try:
             image = source.open(index)
-            (view,) = transform.views(np.array([(image.height, image.width)]), key)
+            size = np.array([(image.height, image.width)])
+            (view,) = transform.views(size, keys[position : position + 1])
             render_view(image, view, images[len(read)], transform.interpolation)
         except ImageError as error:
             unreadable[index] = str(error)
@@ -38,13 +44,16 @@ def readable_batch(source: ImageSource, indices: np.ndarray, transform: Transfor
 def batches_in_order(
     source: ImageSource,
     transform: Transform,
-    ranges: Sequence[range],
+    batches: Sequence[np.ndarray],
     num_workers: int = 0,
     pin_memory: bool = False,
+    keys_of: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[ImageBatch]:
-    """One batch for each range of image numbers.
+    """One batch for each array (b,) of image numbers.
 
     Args:
+        keys_of: image numbers (b,) -> (b,) uint64 that random views are drawn with; None is for
+            transforms that draw nothing.
         num_workers: processes that decode; 0 does it in this one.
         pin_memory: hand out page-locked memory, for asynchronous copies to a GPU.
 
@@ -52,7 +61,7 @@ def batches_in_order(
         WorkerDied: one of the processes was killed.
     """
     loader = torch.utils.data.DataLoader(
-        _Batches(source, transform, ranges),
+        _Batches(source, transform, batches, keys_of or _no_keys),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
@@ -62,8 +71,8 @@ def batches_in_order(
     )
     try:
         with signals_blocked(), deaths_seen_while_waiting():
-            batches = iter(loader)
-        yield from batches
+            made = iter(loader)
+        yield from made
     except (RuntimeError, OSError, EOFError) as error:
         if not num_workers or not is_death_of_a_worker(error):
             raise
@@ -74,12 +83,23 @@ def batches_in_order(
 
 
 class _Batches(torch.utils.data.Dataset):
-    def __init__(self, source: ImageSource, transform: Transform, ranges: Sequence[range]):
-        self._source, self._transform, self._ranges = source, transform, ranges
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        batches: Sequence[np.ndarray],
+        keys_of: Callable[[np.ndarray], np.ndarray],
+    ):
+        self._source, self._transform = source, transform
+        self._batches, self._keys_of = batches, keys_of
 
     def __len__(self) -> int:
-        return len(self._ranges)
+        return len(self._batches)
 
     def __getitem__(self, item: int) -> ImageBatch:
-        numbers = self._ranges[item]
-        return readable_batch(self._source, np.arange(numbers.start, numbers.stop), self._transform)
+        numbers = self._batches[item]
+        return readable_batch(self._source, numbers, self._transform, self._keys_of(numbers))
+
+
+def _no_keys(numbers: np.ndarray) -> np.ndarray:
+    return np.zeros(len(numbers), dtype=np.uint64)

@@ -187,13 +187,13 @@ def _computed(
     starts = range(done, len(source), size)
     rounds = -(-len(starts) // ranks)
     mine = [done + size * (turn * ranks + rank) for turn in range(rounds)]
-    ranges = [range(min(at, len(source)), min(at + size, len(source))) for at in mine]
+    ranges = [np.arange(min(at, len(source)), min(at + size, len(source))) for at in mine]
     workers = default_workers(device) if embedding.workers is None else embedding.workers
     pinned = device.type == "cuda"
     under_way: tuple[ImageBatch, torch.Tensor] | None = None
     for batch in batches_in_order(source, embedding.transform, ranges, workers, pinned):
         images = batch.images.to(device, non_blocking=True)
-        with _precision(device, embedding.precision):
+        with autocast(device, embedding.precision):
             features = encoder.embed(images, embedding.layers)
         if under_way is not None:
             yield under_way[0], under_way[1].cpu().numpy()
@@ -202,7 +202,8 @@ def _computed(
         yield under_way[0], under_way[1].cpu().numpy()
 
 
-def _precision(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Around an encoder's work: its products in bfloat16 for "bf16", as they are for "fp32"."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

@@ -65,3 +65,74 @@ class NeighboursOptions:
     source: str | None = None
     """where the encoder is now; default: where it was when the folder was embedded"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What every evaluation takes."""
+
+    source: Source
+    """a run's folder, one of its checkpoints, or a released .pth.tar"""
+    data: str = "folder"
+    """shapes, scenes-count, scenes-dist (rendered); folder, csv, cifar10, cifar100, clevr-count,
+    clevr-dist, inat18, places205 (with --path); what is expected there is shown where it is not"""
+    path: Path | None = None
+    """of the data"""
+    train_images: int | None = None
+    """at most so many to fit on, of a fixed draw"""
+    test_images: int | None = None
+    """at most so many to test with"""
+    random_network: bool = False
+    """evaluate a network of the same sizes with random weights instead"""
+    seed: int = 0
+    """of what is drawn: order, views, initial heads, few labels, the random network"""
+    out: Path | None = None
+    """JSON file for the result, every figure with its settings"""
+    encoder: Annotated[EncoderOptions, arg(name="")] = EncoderOptions()
+
+
+@dataclass(frozen=True)
+class KnnOptions(EvalOptions):
+    """Weighted nearest neighbours on average-pooled features: of the last block, of the last four.
+
+    Features are kept in $IJEPA_CACHE/features: a second evaluation of the same encoder on the same
+    images starts at once.
+    """
+
+    neighbours: tuple[int, ...] = (10, 20, 100, 200)
+    """how many vote, each with exp(cosine / temperature)"""
+    temperature: float = 0.07
+
+
+@dataclass(frozen=True)
+class LinearOptions(EvalOptions):
+    """Linear probes: {last block, last 4} x {BatchNorm, plain} x learning rate x weight decay.
+
+    All heads are trained at once over one frozen pass; each is reported, and the best of them, as
+    the paper does, with a confidence interval that knows nothing of that choice.
+    """
+
+    protocol: str = "cached"
+    """cached: features computed once; imagenet, cifar100, places205, inat18, clevr-count,
+    clevr-dist as in the paper, with -released as in the released configurations"""
+    epochs: int | None = None
+    """in place of the protocol's; its milestones move along"""
+    step_images: int | None = None
+    """images a step, in place of the protocol's; the learning rate moves along"""
+    solver: Literal["grid", "lbfgs"] = "grid"
+    """lbfgs: logistic regression to its optimum on cached features, as the closing table has it"""
+
+
+@dataclass(frozen=True)
+class LowshotOptions(EvalOptions):
+    """Logistic regression on the features of few labelled images (needs scikit-learn).
+
+    Fine-tuning on few labels: ijepa eval finetune --per-class N.
+    """
+
+    per_class: int | None = None
+    """labels a class, drawn by the seed"""
+    draws: int = 1
+    """how many draws of them, by seeds from --seed on; their mean and spread are told"""
+    list: Path | None = None
+    """file names of the labelled images, one a line, as 1percent.txt of SimCLR"""
