@@ -158,7 +158,7 @@ class Run:
             self.progress.note(f"{len(self.source):,} images in {self.recipe.data.path}")
         if self.left_out:
             named = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-            self.progress.note(f"Left out, being no files: {len(self.left_out)} ({named})")
+            self.progress.note(f"Left out, being no readable files: {len(self.left_out)} ({named})")
         if self.recipe.monitor.every and len(self.source) < 2:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
 
