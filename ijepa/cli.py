@@ -94,7 +94,7 @@ def pretrain_command(arguments: list[str]) -> int:
     if resume is not None:
         recipe, checkpoint = _resumed(resume, name, arguments, given)
     else:
-        name = name or DEFAULT_RECIPE
+        name = DEFAULT_RECIPE if name is None else name
         recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
         checkpoint = None
 
@@ -203,13 +203,16 @@ def _number(option: str, text: str | None, kind: type):
     try:
         return None if text is None else kind(text.replace(",", "").replace("_", ""))
     except ValueError:
-        raise ValueError(f"{option} must be a number, got {text!r}") from None
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{option} must be a {whole}number, got {text!r}") from None
 
 
 def _take_option(
     arguments: list[str], option: str, what: str = "a value"
 ) -> tuple[str | None, list[str]]:
     """Value of `--option VALUE` or `--option=VALUE`, and the arguments without it."""
+    if [argument.partition("=")[0] for argument in arguments].count(option) > 1:
+        raise ValueError(f"{option} is given twice")
     for place, argument in enumerate(arguments):
         if argument == option:
             if place + 1 == len(arguments):
