@@ -48,6 +48,8 @@ def folder_source(
         raise ValueError(_not_a_folder(root))
     paths, others, left_out = _scan(root)
     if not paths:
+        if left_out and not others.keys() - {"unreadable folder"}:
+            raise ValueError(f"no images in {root}, and not all of it can be read: {left_out[0]}")
         raise ValueError(_no_images(root, others))
     labels, class_names = _labels_from_folders(paths)
     return FileSource(
