@@ -24,10 +24,22 @@ from ijepa.train.divergence import TooManySkips, WeightsNotFinite
 from ijepa.train.figures import Figures
 from ijepa.train.panel import RunPanel
 from ijepa.train.prefetch import copied_beside
-from ijepa.train.resume import check_resumable, run_folder_of
+from ijepa.train.resume import by_name, check_resumable, run_folder_of
 from ijepa.train.run_folder import RunFolder
 from ijepa.train.saving import Saving, restore
 from ijepa.train.trainer import LateResult, Trainer
+
+
+# What may differ between machines: where things are there.
+_OF_EACH_RANK = ("data.path", "data.workers", "train.output")
+
+
+def _of_all_ranks(recipe: Recipe, checkpoint: Checkpoint | None) -> dict[str, object]:
+    """What a rank must have in common with the others, by name."""
+    settings = {key: value for key, value in by_name(recipe).items() if key not in _OF_EACH_RANK}
+    taken_up = None if checkpoint is None else checkpoint.step
+    return {**settings, "the step gone on from": taken_up,
+            "the checkpoint's checksum": checkpoint and checkpoint.metadata.get("checksum")}  # fmt: skip
 
 
 class Run:
@@ -57,6 +69,7 @@ class Run:
         console: Console | None,
     ):
         self.device, self.console = device, console
+        distributed.require_same(_of_all_ranks(recipe, checkpoint))
         folder = None
         if checkpoint is not None:
             check_resumable(checkpoint, recipe)
@@ -72,6 +85,7 @@ class Run:
         self.recipe = recipe = recipe.in_steps(len(source))
         self.source = source
         data_id = {"source": recipe.data.source, **from_recipe.data_fingerprint(source)}
+        distributed.require_same({f"the data's {key}": value for key, value in data_id.items()})
         self.model = from_recipe.build_model(recipe).to(device)
         compiled = from_recipe.compiles(recipe, device)
         if compiled and device.type == "cpu":  # one traced graph a shape
