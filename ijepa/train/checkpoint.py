@@ -72,8 +72,9 @@ def save_checkpoint(
     state: dict[str, Any],
     metadata: dict[str, Any],
 ) -> Path:
-    """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest two; folders
-    of other names, as a copy that somebody keeps, stay.
+    """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest two.
+
+    Folders of other names, as a copy that somebody keeps, stay.
 
     Args:
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.

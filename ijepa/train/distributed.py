@@ -145,11 +145,12 @@ def require_same(values: Mapping[str, object]) -> None:
     with _collective():
         dist.all_gather_object(found, dict(values))
     for number, others in enumerate(found):
-        for name, value in found[0].items():
-            if others.get(name) != value:
+        for name in found[0] | others:
+            here, there = found[0].get(name), others.get(name)
+            if here != there:
                 raise ValueError(
-                    f"the ranks would train different runs: {name} is {value} on rank 0 and "
-                    f"{others.get(name)} on rank {number}"
+                    f"the ranks would train different runs: {name} is {here} on rank 0 and "
+                    f"{there} on rank {number}"
                 )
 
 

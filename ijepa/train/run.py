@@ -29,7 +29,6 @@ from ijepa.train.run_folder import RunFolder
 from ijepa.train.saving import Saving, restore
 from ijepa.train.trainer import LateResult, Trainer
 
-
 # What may differ between machines: where things are there.
 _OF_EACH_RANK = ("data.path", "data.workers", "train.output")
 
@@ -37,9 +36,10 @@ _OF_EACH_RANK = ("data.path", "data.workers", "train.output")
 def _of_all_ranks(recipe: Recipe, checkpoint: Checkpoint | None) -> dict[str, object]:
     """What a rank must have in common with the others, by name."""
     settings = {key: value for key, value in by_name(recipe).items() if key not in _OF_EACH_RANK}
-    taken_up = None if checkpoint is None else checkpoint.step
-    return {**settings, "the step gone on from": taken_up,
-            "the checkpoint's checksum": checkpoint and checkpoint.metadata.get("checksum")}  # fmt: skip
+    if checkpoint is not None:
+        settings["the checkpoint's step"] = checkpoint.step
+        settings["the checkpoint's checksum"] = checkpoint.metadata.get("checksum")
+    return settings
 
 
 class Run:

@@ -87,7 +87,8 @@ def test_names_that_no_terminal_can_say(tmp_path, encoding):
     done = ijepa("pretrain", *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     for part in (b"13 images in ", rb"broken\udcff.png: empty file", rb"fifo\udcff.png: FIFO",
-                 rb"\x1b[31mred\n.png: FIFO", b"raw pixels", rb"Results: run$_$\udcff"):  # fmt: skip
+                 rb"\x1b[31mred\n.png: FIFO", b"raw pixels",
+                 rb"Results: run$_$\udcff"):  # fmt: skip
         assert part in done.stdout + done.stderr, part
     (run,) = tmp_path.glob("run*")
     summary = (run / "summary.md").read_text(encoding="utf-8")
