@@ -146,6 +146,11 @@ class ModelConfig:
         _require_within(self, 1, _LARGEST_SIZE, "predictor_width", "predictor_depth")
         _require_within(self, 1, _LARGEST_SIZE, "predictor_heads")
         _require_within(self, 0.0, 100.0, "mlp_ratio")
+        for width in (self.width, self.predictor_width):
+            _require(
+                round(width * self.mlp_ratio) >= 1,
+                f"mlp_ratio {self.mlp_ratio} of width {width} leaves a hidden layer of none",
+            )
         pixels = ", of pixels in [0, 1]"
         _require_within(self, 0.0, 1.0, "image_mean", why=pixels)
         _require_within(self, 1e-3, 1.0, "image_std", why=pixels)
@@ -277,6 +282,7 @@ class DataConfig:
         _require_within(self, 0, 1024, "workers")
         _require_range(self, "crop_scale", 0.0, 1.0)
         _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        _require(self.path is None or self.path.strip() != "", "path must name a folder")
         _require(
             self.path is None or self.source == "folder",
             f'path = {self.path!r} needs data.source = "folder"',
@@ -304,7 +310,7 @@ class OptimConfig:
             all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
         )
         _require_positive(self, "eps", "max_skipped_steps")
-        _require_within(self, 0.0, 1.0, "eps")
+        _require_within(self, 1e-30, 1.0, "eps", why=", of float32 that is not rounded to 0")
         _require_within(self, 1, _LONGEST, "max_skipped_steps")
         if self.max_grad_norm is not None:
             _require_positive(self, "max_grad_norm")
