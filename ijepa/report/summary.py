@@ -21,6 +21,7 @@ from ijepa.report.metrics import read_metrics
 from ijepa.report.progress import format_seconds
 from ijepa.versions import versions
 
+PROBES = ("linear probe", "kNN", "whitened kNN")  # columns of the closing table, once a task
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 
 
@@ -133,19 +134,19 @@ def closing_rich_table(report: RunReport) -> Table:
 def _probe_cells(report: RunReport) -> list[list[str]]:
     """Header and rows of the closing table; the last row is guessing."""
     tasks = list(report.chance)
-    header = ["average-pooled features of"]
+    header = ["features of"]
     for task in tasks:
         prefix = f"{task}: " if len(tasks) > 1 else ""
-        header += [f"{prefix}linear probe", f"{prefix}kNN"]
+        header += [f"{prefix}{probe}" for probe in PROBES]
     cells = [header]
     for row in report.probes:
         if not row.scores:
-            cells.append([row.features, *["not finite"] * (2 * len(tasks))])
+            cells.append([row.features, *["not finite"] * (len(PROBES) * len(tasks))])
             continue
         scores = [row.scores[task] for task in tasks]
-        values = [value for score in scores for value in (score.linear, score.knn)]
+        values = [v for score in scores for v in (score.linear, score.knn, score.whitened_knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
-    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in range(2)]
+    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in PROBES]
     return [*cells, ["always the commonest class", *guesses]]
 
 
@@ -166,8 +167,9 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
             f"## Accuracy on held-out images ({', '.join(report.chance)})",
             _markdown_table(header, rows),
             "The linear probe is a logistic regression on standardised features; kNN votes among "
-            "20 neighbours by cosine. The commonest class is that of the images the probes are "
-            "fitted on.",
+            "20 neighbours by cosine, of features as they are and whitened by those it looks "
+            "among. Features are averaged over the patches unless the row says otherwise. The "
+            "commonest class is that of the images the probes are fitted on.",
         ]
     if report.no_probes:
         parts += ["## Accuracy on held-out images", f"Not measured: {report.no_probes}."]
