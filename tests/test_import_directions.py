@@ -98,7 +98,8 @@ OPS = {
     "ijepa.model": {"masked_vit_kernels"},
     "ijepa.train.optim": {"masked_vit_kernels"},
     "ijepa.masks": {"masked_vit_kernels.packing"},
-    "ijepa.evaluate": {"masked_vit_kernels.pixels"},
+    "ijepa.evaluate": {"masked_vit_kernels.pixels", "masked_vit_kernels.packing"},
+    "ijepa.downstream": {"masked_vit_kernels.pixels"},
     "ijepa.doctor": {"masked_vit_kernels.cpu_linear"},
 }
 # The oracle judges production and lends it nothing.

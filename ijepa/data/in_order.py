@@ -15,15 +15,21 @@ from ijepa.data.views import Transform, render_view
 from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
 
 _PREFETCHED = 2  # batches a worker prepares ahead
+Augment = Callable[[torch.Tensor, int], None]  # (C, H, W) uint8, changed in place; a key
 
 
 def readable_batch(
-    source: ImageSource, indices: np.ndarray, transform: Transform, keys: np.ndarray
+    source: ImageSource,
+    indices: np.ndarray,
+    transform: Transform,
+    keys: np.ndarray,
+    augment: Augment | None = None,
 ) -> ImageBatch:
     """Images `indices` (B,), those that cannot be read left out of `images` and `indices`.
 
     Args:
         keys: (B,) uint64 that random views are drawn with.
+        augment: changes each view in place.
     """
     images = torch.empty(len(indices), source.channels, *transform.size, dtype=torch.uint8)
     read: list[int] = []
@@ -34,6 +40,8 @@ def readable_batch(
             size = np.array([(image.height, image.width)])
             (view,) = transform.views(size, keys[position : position + 1])
             render_view(image, view, images[len(read)], transform.interpolation)
+            if augment is not None:
+                augment(images[len(read)], int(keys[position]))
         except ImageError as error:
             unreadable[index] = str(error)
         else:
@@ -48,12 +56,14 @@ def batches_in_order(
     num_workers: int = 0,
     pin_memory: bool = False,
     keys_of: Callable[[np.ndarray], np.ndarray] | None = None,
+    augment: Augment | None = None,
 ) -> Iterator[ImageBatch]:
     """One batch for each array (b,) of image numbers.
 
     Args:
         keys_of: image numbers (b,) -> (b,) uint64 that random views are drawn with; None is for
             transforms that draw nothing.
+        augment: changes each view in place.
         num_workers: processes that decode; 0 does it in this one.
         pin_memory: hand out page-locked memory, for asynchronous copies to a GPU.
 
@@ -61,7 +71,7 @@ def batches_in_order(
         WorkerDied: one of the processes was killed.
     """
     loader = torch.utils.data.DataLoader(
-        _Batches(source, transform, batches, keys_of or _no_keys),
+        _Batches(source, transform, batches, keys_of or _no_keys, augment),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
@@ -89,16 +99,18 @@ class _Batches(torch.utils.data.Dataset):
         transform: Transform,
         batches: Sequence[np.ndarray],
         keys_of: Callable[[np.ndarray], np.ndarray],
+        augment: Augment | None,
     ):
         self._source, self._transform = source, transform
-        self._batches, self._keys_of = batches, keys_of
+        self._batches, self._keys_of, self._augment = batches, keys_of, augment
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, item: int) -> ImageBatch:
         numbers = self._batches[item]
-        return readable_batch(self._source, numbers, self._transform, self._keys_of(numbers))
+        keys = self._keys_of(numbers)
+        return readable_batch(self._source, numbers, self._transform, keys, self._augment)
 
 
 def _no_keys(numbers: np.ndarray) -> np.ndarray:
