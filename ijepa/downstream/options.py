@@ -173,3 +173,15 @@ class FinetuneOptions(EvalOptions):
     rand_augment: Literal["none", "rand-m9-mstd0.5-inc1"] | None = None
     save_every: int = 500
     """steps between checkpoints"""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Go on with a run of fine-tuning; everything but where it runs stays as it began."""
+
+    resume: Path
+    """folder of the run"""
+    path: Path | None = None
+    """where the data are now"""
+    workers: int | None = None
+    device: Literal["auto", "cpu", "cuda"] | None = None

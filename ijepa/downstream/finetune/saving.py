@@ -112,7 +112,7 @@ def options_to_dict(options: FinetuneOptions) -> dict[str, Any]:
 def options_from_dict(values: dict[str, Any]) -> FinetuneOptions:
     """The inverse of `options_to_dict`."""
     paths = ("path", "out", "list", "output")
-    typed = {
+    typed: dict[str, Any] = {
         name: Path(value) if name in paths and value is not None else value
         for name, value in values.items()
     }

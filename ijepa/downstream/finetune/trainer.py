@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,32 +112,17 @@ class FinetuneTrainer:
         Order, views and augmentation are drawn by (seed, epoch, image).
         """
         device = self.network.pos_embed.device
+        asked = _Pieces(self, len(split), min(at_once, self.step_images))
         augment = rand_augment if self.settings.rand_augment != "none" else None
+        loaded = batches_in_order(
+            split.source, transform, asked, workers, device.type == "cuda", augment
+        )
         while self.done < self.total_steps:
-            epoch, first = divmod(self.done, self.steps_per_epoch)
-            rows = self._epoch_rows(epoch, len(split))[first:]
-            pieces = [
-                [row[at : at + at_once] for at in range(0, len(row), at_once)] for row in rows
-            ]
-            loaded = batches_in_order(
-                split.source, transform, [piece for step in pieces for piece in step], workers,
-                device.type == "cuda",
-                keys_of=partial(derive_keys, self._seed, _VIEW_STREAM, epoch),
-                augment=augment,
-            )  # fmt: skip
-            for step in pieces:
-                parts = [_on_device(next(loaded), split.labels, device) for _ in step]
-                parts = [part for part in parts if len(part[1])]
-                if not parts:
-                    raise ValueError("none of the images of a step could be read")
-                yield parts
-
-    def _epoch_rows(self, epoch: int, images: int) -> list[np.ndarray]:
-        """The image numbers of each step of an epoch."""
-        key = derive_keys(self._seed, _ORDER_STREAM, epoch).reshape(1)
-        order = random_bits(key, images)[0].argsort(kind="stable")
-        size = self.step_images
-        return [order[at * size : (at + 1) * size] for at in range(self.steps_per_epoch)]
+            parts = [_on_device(next(loaded), split.labels, device) for _ in range(asked.in_a_step)]
+            parts = [part for part in parts if len(part[1])]
+            if not parts:
+                raise ValueError("none of the images of a step could be read")
+            yield parts
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the weights."""
@@ -148,6 +132,33 @@ class FinetuneTrainer:
         """The inverse of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = int(state["done"])
+
+
+class _Pieces(Sequence):
+    """Image numbers and keys of the micro-batches that are left, made as they are asked for."""
+
+    def __init__(self, trainer: FinetuneTrainer, images: int, at_once: int):
+        self._seed, self._first = trainer._seed, trainer.done
+        self._size, self._at_once = trainer.step_images, at_once
+        self._steps, self._per_epoch = trainer.total_steps, trainer.steps_per_epoch
+        self._images = images
+        self._order: tuple[int, np.ndarray] | None = None  # the last epoch's
+        self.in_a_step = -(-self._size // at_once)
+
+    def __len__(self) -> int:
+        return (self._steps - self._first) * self.in_a_step
+
+    def __getitem__(self, item):
+        step, piece = divmod(item, self.in_a_step)
+        epoch, place = divmod(self._first + step, self._per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            key = derive_keys(self._seed, _ORDER_STREAM, epoch).reshape(1)
+            draws = random_bits(key, self._images)[0]
+            self._order = epoch, draws.argsort(kind="stable")
+        first = place * self._size + piece * self._at_once
+        stop = min(first + self._at_once, (place + 1) * self._size)
+        numbers = self._order[1][first:stop]
+        return numbers, derive_keys(self._seed, _VIEW_STREAM, epoch, numbers)
 
 
 def _on_device(
