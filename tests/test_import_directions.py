@@ -85,7 +85,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
-            "evaluate", "report", "train", "interop", "visualize",
+            "positions", "evaluate", "report", "train", "interop", "visualize",
         },
         "doctor": {"versions"},
         "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},

@@ -60,7 +60,7 @@ def _rotated(picture, strength, sign, outside):
 
 
 def _posterized(picture, strength, sign, outside):
-    return ImageOps.posterize(picture, 4 - int(4 * strength))
+    return ImageOps.posterize(picture, max(4 - int(4 * strength), 1))  # Pillow refuses no bits
 
 
 def _solarized(picture, strength, sign, outside):

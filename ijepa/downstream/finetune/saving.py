@@ -85,7 +85,6 @@ def restore(checkpoint: Checkpoint, trainer: FinetuneTrainer) -> None:
 def data_identity(task: Task) -> dict[str, Any]:
     """What the data of a run are known by."""
     return {
-        "task": task.name,
         "classes": task.classes,
         "images": len(task.train),
         "images_hash": source_identity(task.train.source),

@@ -68,16 +68,16 @@ def test_every_preset_runs_end_to_end(preset, run, folder, tmp_path, capsys):
     assert classifier.classify(images).shape == (1, 4) and not classifier.training
     assert classifier.embed(images).shape == (1, 16)
     assert not any(p.requires_grad for p in classifier.parameters())
-    with pytest.raises(CheckpointError, match="is a fine-tuned classifier: ijepa.load_pretrained"):
+    with pytest.raises(CheckpointError, match=r"fine-tuned classifier: ijepa\.load_pretrained"):
         ijepa.load_run(out)
 
 
 def test_it_learns_and_scores_what_it_saved(run, folder, tmp_path):
     done = finetune_run.finetune(
-        options(run, folder, tmp_path / "out", epochs=40, lr=3e-3, drop_path=0.0)
+        options(run, folder, tmp_path / "out", epochs=20, lr=5e-3, drop_path=0.0)
     )
     accuracy = done.result.best.accuracy
-    assert accuracy > 0.8  # brightness tells the classes
+    assert accuracy > 0.6  # brightness tells the classes
     classifier = ijepa.load_pretrained(tmp_path / "out")
     bench = finetune_run.open_bench(options(run, folder, None))
     names = [bench.task.test.source.name(i) for i in range(len(bench.task.test))]
@@ -86,7 +86,7 @@ def test_it_learns_and_scores_what_it_saved(run, folder, tmp_path):
     assert right == pytest.approx(accuracy)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    assert len(losses) == 160 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 80 and losses[-1] < 0.8 * losses[0]
 
 
 def weights_of(folder):
@@ -175,7 +175,7 @@ def test_few_labels(run, folder, tmp_path):
         (unique / kind).mkdir(exist_ok=True)
         (unique / kind / f"{kind}-{file}").write_bytes(Path(name).read_bytes())
     (tmp_path / "list.txt").write_text("\n".join("-".join(name.split("/")[-2:]) for name in chosen))
-    listed = options(run, unique, tmp_path / "listed", list=tmp_path / "list.txt", data="folder")
+    listed = options(run, unique, tmp_path / "listed", list=tmp_path / "list.txt")
     task = finetune_run.labelled(finetune_run.open_bench(listed).task, listed)
     kept = {task.train.source.name(i).split("/")[-1] for i in range(len(task.train))}
     assert kept <= {"-".join(name.split("/")[-2:]) for name in chosen}
