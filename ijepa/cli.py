@@ -21,6 +21,7 @@ from ijepa.recipes import (
     setting_names,
     with_settings,
 )
+from ijepa.report.console import RunConsole, say_any_name, stop_listening_to
 
 USAGE = """\
 ijepa: self-supervised pretraining of vision transformers by predicting in latent space
@@ -55,22 +56,30 @@ DEFAULT_RECIPE = "shapes-tiny"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command in ("-h", "--help"):
-        print(USAGE.format(recipes=", ".join(recipe_names())))
-        return 0
-    if command in ("-V", "--version"):
-        print(f"ijepa {__version__}")
-        return 0
+    say_any_name()
     try:
-        check_known([command], list(COMMANDS), "unknown command")
-        return COMMANDS[command](rest)
+        return _run(arguments)
+    except BrokenPipeError:  # `| head` has what it wanted
+        stop_listening_to(sys.stdout)
+        return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         _complain(f"ijepa: error: {error}", error)
         return 1
     except KeyboardInterrupt as error:
         _complain("interrupted", error)
         return 130
+
+
+def _run(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE.format(recipes=", ".join(recipe_names())), flush=True)
+        return 0
+    if command in ("-V", "--version"):
+        print(f"ijepa {__version__}")
+        return 0
+    check_known([command], list(COMMANDS), "unknown command")
+    return COMMANDS[command](rest)
 
 
 def _complain(message: str, error: BaseException) -> None:
@@ -89,19 +98,20 @@ def pretrain_command(arguments: list[str]) -> int:
     if resume is not None:
         recipe, checkpoint = _resumed(resume, name, arguments, given)
     else:
-        name = name or DEFAULT_RECIPE
+        name = DEFAULT_RECIPE if name is None else name
         recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
         checkpoint = None
 
     # torch is not needed to refuse a bad setting
-    from ijepa.report.progress import RunConsole
     from ijepa.train.distributed import launched_rank
     from ijepa.train.pretrain import pretrain
     from ijepa.train.resume import resume_command
 
-    outcome = pretrain(recipe, checkpoint=checkpoint, console=RunConsole())
+    console = RunConsole()
+    outcome = pretrain(recipe, checkpoint=checkpoint, console=console)
     if not outcome.finished and launched_rank() == 0:
-        print(f"\nStopped and saved. Continue with:\n  {resume_command(outcome.folder)}")
+        told = f"\nStopped and saved. Continue with:\n  {resume_command(outcome.folder)}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -204,13 +214,16 @@ def _number(option: str, text: str | None, kind: type):
     try:
         return None if text is None else kind(text.replace(",", "").replace("_", ""))
     except ValueError:
-        raise ValueError(f"{option} must be a number, got {text!r}") from None
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{option} must be a {whole}number, got {text!r}") from None
 
 
 def _take_option(
     arguments: list[str], option: str, what: str = "a value"
 ) -> tuple[str | None, list[str]]:
     """Value of `--option VALUE` or `--option=VALUE`, and the arguments without it."""
+    if [argument.partition("=")[0] for argument in arguments].count(option) > 1:
+        raise ValueError(f"{option} is given twice")
     for place, argument in enumerate(arguments):
         if argument == option:
             if place + 1 == len(arguments):

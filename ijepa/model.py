@@ -50,7 +50,7 @@ class Predictor(nn.Module):
         )
         self.predictor_norm = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.predictor_proj = Linear(width, config.target_width)
-        initialize(self, self.predictor_blocks, config.rescale_init)
+        initialize(self, self.predictor_blocks, config.init, config.rescale_init)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
@@ -127,6 +127,7 @@ class IJEPA(nn.Module):
             features,
             rows,
             kind=self.config.loss,
+            target_norm=self.config.target_norm,
             denominator=denominator,
         )
 
@@ -137,7 +138,7 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:
-        """What is to be predicted, before its LayerNorm: features (B, N, D) or (R, D), rows (Tt,).
+        """What is to be predicted, not yet normalised: features (B, N, D) or (R, D), rows (Tt,).
 
         `rows` index the flattened features, one for each entry of `masks.targets`, -1 on padding.
         """
@@ -147,7 +148,7 @@ class IJEPA(nn.Module):
             features = self.target_encoder(images, masks.targets, masks.target_packing)
             rows = torch.arange(masks.targets.shape[0], device=masks.targets.device)
             return features, rows.masked_fill(masks.targets < 0, -1)
-        if self.config.prune_target:
+        if self.config.prunes_target:
             union = KeptRows(masks.target_union, masks.target_union_packing)
             return self.target_encoder(images, kept=union), masks.target_rows_in_union
         return self.target_encoder(images), masks.target_rows

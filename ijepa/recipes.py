@@ -172,7 +172,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
             f"{name_or_path} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
             f"{error.start}): save it in that encoding"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{name_or_path} is not valid TOML: {error}") from None
     for table in _tables():
         if not isinstance(values.get(table, {}), dict):

@@ -58,7 +58,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "audit": {"catalogue", "compile", "launch"},
         # The oracle: whoever judges with it imports it, and it shares no code with what it judges.
         "reference": {"packing"},
-        "selftest": {FACE, "attention", "catalogue", "reference"},
+        "selftest": {FACE, "attention", "tokens", "catalogue", "reference"},
     },
     "ijepa": {
         FACE: set(),  # its names are imported on first use
@@ -67,17 +67,18 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "counter_rng": set(),
         "positions": set(),
         "disk": set(),
+        "printable": set(),
         "versions": set(),
         "recipes": {"config"},
         "masks": {"config", "counter_rng"},
-        "data": {"counter_rng", "disk"},
+        "data": {"counter_rng", "disk", "printable"},
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
         "visualize": {"masks"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "model", "vit"},
-        "report": {"config", "disk", "evaluate", "versions", "visualize"},
+        "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
         "train": {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
             "model", "visualize", "cost", "evaluate", "report",

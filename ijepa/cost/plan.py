@@ -81,6 +81,8 @@ def plan_recipe(
     if num_images is None:
         rendered = recipe.data.source != "folder"
         num_images = recipe.data.num_images if rendered else IMAGENET_IMAGES
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if not 0 < mfu <= 1:

@@ -30,6 +30,7 @@ from ijepa.data.batch import batch_labels, load_batch
 from ijepa.data.sources import ImageSource
 from ijepa.data.views import Transform
 from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
+from ijepa.printable import printable
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
 _PREFETCHED = 2  # batches a worker prepares ahead
@@ -83,7 +84,7 @@ class UnreadableImages:
                 continue
             self._seen.add(index)
             if len(self.names) < self.max_names:
-                self.names.append(f"{source.name(index)}: {reason}")
+                self.names.append(f"{printable(source.name(index))}: {reason}")
                 _logger.warning("unreadable image replaced: %s", self.names[-1])
 
 

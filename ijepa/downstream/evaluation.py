@@ -26,7 +26,7 @@ from ijepa.evaluate.low_shot import draw_per_class, listed_images, logistic_accu
 from ijepa.evaluate.pretrained import PretrainedEncoder
 from ijepa.evaluate.tasks import Task, open_task
 from ijepa.recipes import check_known
-from ijepa.report.progress import RunConsole
+from ijepa.report.console import RunConsole
 from ijepa.train.from_recipe import choose_device
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from ijepa.config import Recipe
 from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
+from ijepa.printable import printable
 from ijepa.report.metrics import read_metrics
 from ijepa.report.progress import format_seconds
 from ijepa.versions import versions
@@ -74,7 +75,7 @@ def write_report(report: RunReport, mask_examples: np.ndarray) -> None:
             plot_curves(
                 read_metrics(report.folder),
                 path,
-                title=report.folder.name,
+                title=printable(report.folder.name),
                 mask_examples=mask_examples,
             )
     write_summary(report)
@@ -154,7 +155,7 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
     steps, batch = recipe.train.num_steps, recipe.train.batch_size
     epochs = steps * batch / report.images
     parts = [
-        f"# {report.folder.name}",
+        f"# {printable(report.folder.name)}",
         f"{steps:,} steps of {batch} images ({epochs:,.1f} passes over {report.images:,} images) "
         f"in {format_seconds(report.seconds)}, "
         f"{steps * batch / max(report.seconds, 1e-9):,.0f} images/s with the panels counted in.",
@@ -229,7 +230,7 @@ def _incidents(report: RunReport) -> list[str]:
         notes.append(f"{_unreadable(report)}:\n\n{listing}{rest}")
     if report.left_out:
         listing = "\n".join(f"- {name}" for name in report.left_out[:20])
-        notes.append(f"{len(report.left_out)} left out, being no files:\n\n{listing}")
+        notes.append(f"{len(report.left_out)} left out, being no readable files:\n\n{listing}")
     return ["## Incidents", *notes] if notes else []
 
 

@@ -13,8 +13,10 @@ complete checkpoint as it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -72,6 +74,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest two.
 
+    Folders of other names, as a copy that somebody keeps, stay.
+
     Args:
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.
         metadata: JSON values.
@@ -107,10 +111,25 @@ def save_checkpoint(
         raise not_written(final.name, root, error) from None
     # By when they were written: of a run that goes on from an older checkpoint, those of higher
     # steps are the older ones.
-    others = sorted((f for f in root.glob("step-*") if f != final), key=_written)
+    others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
     for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
         _remove(old)
     return final
+
+
+def take_up(checkpoint: Path) -> None:
+    """Make the checkpoint that a run goes on from its newest, whatever its step: if the run ends
+    before its next save, this is where its log ends too.
+
+    Raises:
+        NotWritten: nothing can be written there.
+    """
+    try:
+        os.utime(checkpoint / METADATA)
+    except OSError as error:
+        raise not_written(METADATA, checkpoint, error) from None
+    if checkpoint.parent.name == "checkpoints":
+        write_whole(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
 def _written(folder: Path) -> tuple[int, str]:
@@ -122,10 +141,12 @@ def _written(folder: Path) -> tuple[int, str]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
+    """What cannot go now, as a file that is open on NFS, is tried again at the next save."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _bytes_needed(tensors: dict[str, Tensor]) -> int:
@@ -263,8 +284,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 def holds_checkpoint(run_folder: Path) -> bool:
     """Whether a run can go on from `run_folder`."""
-    root = run_folder / "checkpoints"
-    return (root / LATEST).exists() or any(root.glob("step-*"))
+    return bool(checkpoint_folders(run_folder / "checkpoints"))
 
 
 def _verify_file(file: Path, expected: dict[str, Any]) -> None:

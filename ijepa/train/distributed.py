@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -141,6 +141,27 @@ def on_main(function: Callable[[], Value]) -> Value:
     if isinstance(result, Exception):
         raise result
     return result  # type: ignore[return-value]
+
+
+def require_same(values: Mapping[str, object]) -> None:
+    """Compare what has to be the same on every rank, picklable values by name.
+
+    Raises:
+        ValueError: on every rank, naming the first value that differs and where.
+    """
+    if world_size() == 1:
+        return
+    found: list = [None] * world_size()
+    with _collective():
+        dist.all_gather_object(found, dict(values))
+    for number, others in enumerate(found):
+        for name in found[0] | others:
+            here, there = found[0].get(name), others.get(name)
+            if here != there:
+                raise ValueError(
+                    f"the ranks would train different runs: {name} is {here} on rank 0 and "
+                    f"{there} on rank {number}"
+                )
 
 
 @torch.no_grad()

@@ -116,8 +116,8 @@ def check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
     images = checkpoint.metadata.get("data", {}).get("images")
     if images is not None:
         recipe = recipe.in_steps(images)
-    before = _flat(saved_recipe(checkpoint, None))
-    for key, value in _flat(recipe).items():
+    before = by_name(saved_recipe(checkpoint, None))
+    for key, value in by_name(recipe).items():
         if value != before[key] and key not in RESUMABLE:
             raise ValueError(
                 f"{key} is {before[key]} in the run of {folder} and cannot become {value}: that "
@@ -125,7 +125,7 @@ def check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
             )
 
 
-def _flat(recipe: Recipe) -> dict[str, object]:
+def by_name(recipe: Recipe) -> dict[str, object]:
     """Settings by dotted name."""
     return {
         f"{table}.{key}": value

@@ -24,10 +24,22 @@ from ijepa.train.divergence import TooManySkips, WeightsNotFinite
 from ijepa.train.figures import Figures
 from ijepa.train.panel import RunPanel
 from ijepa.train.prefetch import copied_beside
-from ijepa.train.resume import check_resumable, run_folder_of
+from ijepa.train.resume import by_name, check_resumable, run_folder_of
 from ijepa.train.run_folder import RunFolder
 from ijepa.train.saving import Saving, restore
 from ijepa.train.trainer import LateResult, Trainer
+
+# What may differ between machines: where things are there.
+_OF_EACH_RANK = ("data.path", "data.workers", "train.output")
+
+
+def _of_all_ranks(recipe: Recipe, checkpoint: Checkpoint | None) -> dict[str, object]:
+    """What a rank must have in common with the others, by name."""
+    settings = {key: value for key, value in by_name(recipe).items() if key not in _OF_EACH_RANK}
+    if checkpoint is not None:
+        settings["the checkpoint's step"] = checkpoint.step
+        settings["the checkpoint's checksum"] = checkpoint.metadata.get("checksum")
+    return settings
 
 
 class Run:
@@ -57,6 +69,7 @@ class Run:
         console: Console | None,
     ):
         self.device, self.console = device, console
+        distributed.require_same(_of_all_ranks(recipe, checkpoint))
         folder = None
         if checkpoint is not None:
             check_resumable(checkpoint, recipe)
@@ -72,6 +85,7 @@ class Run:
         self.recipe = recipe = recipe.in_steps(len(source))
         self.source = source
         data_id = {"source": recipe.data.source, **from_recipe.data_fingerprint(source)}
+        distributed.require_same({f"the data's {key}": value for key, value in data_id.items()})
         self.model = from_recipe.build_model(recipe).to(device)
         compiled = from_recipe.compiles(recipe, device)
         if compiled and device.type == "cpu":  # one traced graph a shape
@@ -158,7 +172,7 @@ class Run:
             self.progress.note(f"{len(self.source):,} images in {self.recipe.data.path}")
         if self.left_out:
             named = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-            self.progress.note(f"Left out, being no files: {len(self.left_out)} ({named})")
+            self.progress.note(f"Left out, being no readable files: {len(self.left_out)} ({named})")
         if self.recipe.monitor.every and len(self.source) < 2:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
 

@@ -115,6 +115,11 @@ def new_run_folder(recipe: Recipe) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be made in {Path.cwd()}: {error.strerror}; give another folder "
+                "by --train.output"
+            ) from None
         else:
             return folder
 

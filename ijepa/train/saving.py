@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from ijepa.config import Recipe
@@ -12,12 +11,12 @@ from ijepa.report.metrics import MetricsWriter
 from ijepa.report.progress import RunProgress
 from ijepa.train import distributed
 from ijepa.train.checkpoint import (
-    METADATA,
     Checkpoint,
     CheckpointError,
     random_states,
     save_checkpoint,
     set_random_states,
+    take_up,
 )
 from ijepa.train.divergence import check_finite
 from ijepa.train.run_folder import RunFolder
@@ -136,7 +135,7 @@ def restore(
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
     if distributed.is_main():
-        os.utime(checkpoint.path / METADATA)  # the newest of the run, whatever its step
+        take_up(checkpoint.path)
     if trainer.step_index != checkpoint.step:
         raise CheckpointError(
             f"{checkpoint.path} is of step {checkpoint.step}, but its optimiser of step "

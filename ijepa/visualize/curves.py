@@ -45,7 +45,8 @@ def plot_curves(
     }
     with rc_context(style):
         figure = Figure(figsize=(12, 9.6 if mask_examples is not None else 6))
-        figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+        title_style = {"fontsize": 14, "fontweight": "bold", "parse_math": False}  # $ is no formula
+        figure.suptitle(title, x=0.01, ha="left", **title_style)
         figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
         ratios = [1, 1, 1.55] if mask_examples is not None else [1, 1]
         grid = figure.add_gridspec(len(ratios), 3, height_ratios=ratios)

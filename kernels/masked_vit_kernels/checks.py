@@ -27,7 +27,14 @@ def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = TRITON_DT
 
 
 def check_same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless every given tensor lies on the device of the first."""
+    """Raise ValueError unless every given tensor lies on the device of the first.
+
+    Raises:
+        TypeError: something is no tensor.
+    """
+    for name, given in {first_name: first, **others}.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
     for name, other in others.items():
         if other is not None and other.device != first.device:
             raise ValueError(

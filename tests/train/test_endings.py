@@ -117,6 +117,19 @@ def test_beside_a_damaged_checkpoint_the_intact_one_is_named(run, capsys):
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in whole.items())
 
 
+def test_a_run_that_went_on_from_an_older_one_and_saved_nothing_goes_on_from_there(
+    run, tmp_path, monkeypatch
+):
+    """Its log ends there too: going on from the newer one, it once had a gap."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["pretrain", "--resume", "run/checkpoints/step-00000008"])
+    assert cli.main(["pretrain", "--resume", "run", "--train.steps", "14"]) == 0
+    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    assert steps == list(range(1, 15))
+
+
 def test_where_no_checkpoint_is_intact_none_is_named(run, capsys):
     damage(run, 8)
     damage(run, 12)
