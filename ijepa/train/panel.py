@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ijepa.config import Recipe
 from ijepa.data.sources import ImageSource
-from ijepa.evaluate.collapse import collapse_panel, panel_line
+from ijepa.evaluate.collapse import Panel, collapse_panel, panel_line
 from ijepa.evaluate.features import encoder_features
 from ijepa.model import IJEPA
 from ijepa.report.progress import RunProgress, telling
@@ -38,21 +38,23 @@ class RunPanel:
         self._figures, self._progress, self._console = figures, progress, console
         self._images: tuple[Tensor, Tensor | None] | None = None
 
-    def look(self, done: int) -> None:
-        """Show and write down the panel after `done` steps, on the first rank."""
+    def look(self, done: int) -> Panel | None:
+        """Show and write down the panel after `done` steps, on the first rank; None elsewhere, and
+        where there is nothing to compare."""
         if not distributed.is_main():
-            return
+            return None
         with telling(self._console, f"Panel on {self._recipe.monitor.images:,} images"):
-            self._look(done)
+            return self._look(done)
 
-    def _look(self, done: int) -> None:
+    def _look(self, done: int) -> Panel | None:
         images, labels = self.images()
         if images.shape[0] < 2:
-            return  # nothing to compare; said at the start
+            return None  # said at the start
         features = encoder_features(self._model.target_encoder, images).last
         panel = collapse_panel(features, labels)
         self._figures.write(done, **dataclasses.asdict(panel))
         self._progress.note(panel_line(done, panel))
+        return panel
 
     def images(self) -> tuple[Tensor, Tensor | None]:
         """(n, C, H, W) uint8 and the labels (n,) int64 of the first task, read once."""
