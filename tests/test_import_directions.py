@@ -86,7 +86,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
-            "evaluate", "report", "train", "interop", "visualize",
+            "positions", "evaluate", "report", "train", "interop", "visualize",
         },
         "doctor": {"versions"},
         "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
@@ -99,7 +99,8 @@ OPS = {
     "ijepa.model": {"masked_vit_kernels"},
     "ijepa.train.optim": {"masked_vit_kernels"},
     "ijepa.masks": {"masked_vit_kernels.packing"},
-    "ijepa.evaluate": {"masked_vit_kernels.pixels"},
+    "ijepa.evaluate": {"masked_vit_kernels.pixels", "masked_vit_kernels.packing"},
+    "ijepa.downstream": {"masked_vit_kernels.pixels"},
     "ijepa.doctor": {"masked_vit_kernels.cpu_linear"},
 }
 # The oracle judges production and lends it nothing.
