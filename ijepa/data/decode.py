@@ -26,7 +26,7 @@ MAX_PIXELS = 80_000_000  # just under the size at which Pillow starts to warn of
 # it is decoded.
 MAX_WHOLE_PIXELS = 50_000_000
 # Pillow goes by the content, whatever a file is called, and would hand PostScript to Ghostscript.
-_FORMATS = "JPEG PNG WEBP GIF TIFF BMP DIB PPM AVIF JPEG2000 TGA".split()
+_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA"]
 _ORIENTATION = 0x0112
 _QUARTER_TURNED = (5, 6, 7, 8)
 
