@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -205,12 +206,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     try:
         contents = {name: load_file(folder / name) for name in (WEIGHTS, STATE)}
         state = _unflatten(metadata.pop("state"), contents[STATE])
-        step = int(metadata["step"])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
-    return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / METADATA} is damaged: what it says of the state ({error!r})"
+        ) from None
+    return Checkpoint(folder, metadata["step"], metadata, contents[WEIGHTS], state)
 
 
 def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -229,8 +231,6 @@ def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tens
         return folder, metadata, load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -240,11 +240,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         CheckpointError: one of them is missing, damaged or foreign; names it.
     """
     metadata = read_metadata(folder)
-    try:
-        for name in (WEIGHTS, STATE):
-            _verify_file(folder / name, metadata["files"][name])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+    for name in (WEIGHTS, STATE):
+        _verify_file(folder / name, metadata["files"][name])
     return metadata
 
 
@@ -269,7 +266,30 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         )
     if metadata.get("checksum") != _checksum(metadata):
         raise CheckpointError(f"{folder / METADATA} is damaged: its checksum differs")
+    _check_entries(folder / METADATA, metadata)
     return metadata
+
+
+def _check_entries(file: Path, metadata: dict[str, Any]) -> None:
+    """Raise CheckpointError where an entry is of another kind than what is written: the checksum
+    says only that whoever wrote it knew how."""
+    files, seconds = metadata.get("files"), metadata.get("seconds", 0.0)
+    data = metadata.get("data", {})
+    step, images = metadata.get("step"), data.get("images", 1) if isinstance(data, dict) else None
+    fingerprints = [files.get(n) for n in (WEIGHTS, STATE)] if isinstance(files, dict) else [None]
+    kinds = {
+        "step": type(step) is int and step >= 0,
+        "files": all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+                     for entry in fingerprints),
+        "config": isinstance(metadata.get("config", {}), dict),
+        "data": type(images) is int and images > 0,
+        "seconds": isinstance(seconds, int | float) and math.isfinite(seconds),
+        "state": isinstance(metadata.get("state"), dict),
+    }  # fmt: skip
+    for name, fits in kinds.items():
+        if not fits:
+            shown = repr(metadata.get(name))[:80]
+            raise CheckpointError(f"{file} is damaged: {name} cannot be {shown}")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -284,9 +304,9 @@ def find_checkpoint(path: Path) -> Path:
         )
     if (root / LATEST).exists():
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step-\d+", name):  # a path would lead out of the run
+        if not re.fullmatch(r"step-\d{1,18}", name):  # a path would lead out of the run
             raise CheckpointError(
-                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got {name!r}"
+                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got {name[:80]!r}"
             )
         if not (root / name).is_dir():
             raise CheckpointError(f"{root / LATEST} names {name}, which is not there")
@@ -302,7 +322,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The checkpoints in a run's checkpoints folder, by step; none is opened."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

@@ -181,7 +181,7 @@ def restore(
         model.load_state_dict(checkpoint.weights)
         trainer.load_state_dict(checkpoint.state["trainer"])
         set_random_states(checkpoint.state["random"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
     if distributed.is_main():
         take_up(checkpoint.path)
