@@ -152,10 +152,11 @@ def _draw_r2(axis, metrics) -> None:
     """An untrained predictor lies far below 0, which would flatten the rest."""
     _prepare(axis, "predicted beyond the position's mean (R2)")
     steps, values = _series(metrics, "r2")
+    if not len(values):
+        return
     axis.plot(steps, values, color=_BLUE, linewidth=1.8, marker="o", markersize=4)
     axis.axhline(0, color=_MUTED, linewidth=1, linestyle="--")
-    highest = values.max(initial=0.0)
-    axis.set_ylim(-0.1, max(1.15 * highest, 0.1))
+    axis.set_ylim(-0.1, max(1.15 * values.max(), 0.1))
 
 
 def _draw_knn(axis, metrics) -> None:
