@@ -40,10 +40,16 @@ class RunFolder:
         was_there = recipe.train.output is not None and Path(recipe.train.output).exists()
         folder = cls(Path(distributed.on_main(lambda: str(new_run_folder(recipe)))))
         folder._begun_here, folder._was_there = True, was_there
-        if distributed.is_main():
-            check_unused(folder.path)  # again: somebody else's run may have ended since
-            write_whole(folder.path / RECIPE, _settings(recipe))
+        try:
+            distributed.on_main(lambda: folder._begin(recipe))
+        except BaseException:
+            folder.close(nothing_done=True)
+            raise
         return folder
+
+    def _begin(self, recipe: Recipe) -> None:
+        check_unused(self.path)  # again: somebody else's run may have ended since
+        write_whole(self.path / RECIPE, _settings(recipe))
 
     def _take_lock(self) -> None:
         self._lock = RunLock(self.path)
