@@ -282,7 +282,8 @@ def find_checkpoint(path: Path) -> Path:
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"step-\d{1,18}", name):  # a path would lead out of the run
             raise CheckpointError(
-                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got {name[:80]!r}"
+                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got "
+                f"{name[:80]!r}"
             )
         if not (root / name).is_dir():
             raise CheckpointError(f"{root / LATEST} names {name}, which is not there")

@@ -103,6 +103,7 @@ def new_run_folder(recipe: Recipe) -> Path:
     if recipe.train.output is not None:
         folder = Path(recipe.train.output)
         check_unused(folder)
+        _check_nothing_is_overwritten(folder)
         images = recipe.data.path
         if images is not None and folder.resolve() == Path(images).expanduser().resolve():
             raise ValueError(
@@ -136,6 +137,18 @@ def check_unused(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds a run already: continue it with `{resume_command(folder)}`"
             " or choose another train.output"
+        )
+
+
+def _check_nothing_is_overwritten(folder: Path) -> None:
+    """Raise ValueError where files of a run's names lie in the folder that no run has written: a
+    run that began there has left its lock."""
+    names = (RECIPE, METRICS, "summary.md", "masks.png", "curves.png", "tensorboard")
+    found = [name for name in names if (folder / name).exists()]
+    if found and not (folder / LOCK).exists():
+        raise ValueError(
+            f"train.output {folder} holds {', '.join(found)} from somewhere else, which the run "
+            "would write over: choose another folder"
         )
 
 

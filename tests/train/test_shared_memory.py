@@ -7,6 +7,7 @@ import sys
 import pytest
 from small_runs import photographs, small_arguments
 
+from ijepa import cli
 from ijepa.train.checkpoint import load_checkpoint
 
 
@@ -42,7 +43,6 @@ def test_no_room_for_a_batch_ends_the_run_in_words(little_shared_memory, tmp_pat
 
 
 def test_what_a_worker_refuses_comes_without_its_traceback(tmp_path, capsys):
-    from ijepa import cli
 
     settings = photographs(tmp_path / "photos", 8, classes=1) | {"data__workers": 1}
     for path in (tmp_path / "photos").iterdir():
