@@ -26,7 +26,9 @@ LIBRARY = {
 ONLY_AUDITED = {
     "patch_rows": 13, "embed_visible_patches": 15, "assemble_predictor_tokens": 7,
     "assemble_predictor_tokens_backward": 6, "attention_forward": 32, "attention_backward": 32,
-}  # fmt: skip
+}
+# Targets normalised over an image's patches or not at all came later, for the audit alone.
+ADDED = {"image_statistics": 3, "prediction_loss": 6, "prediction_loss_backward": 6}  # fmt: skip
 CORE_LAUNCHES = {80: 36, 90: 52, 100: 39}
 
 
@@ -37,7 +39,7 @@ def test_no_case_was_lost_when_two_lists_became_one(capability):
     assert library == LIBRARY
     assert min(attention.values()) >= 2 * 2 * len(HEAD_DIMS)  # dtypes, with maps and without
     others = Counter(case.op for case in all_cases(capability) if not case.in_library)
-    assert others == ONLY_AUDITED
+    assert others == ONLY_AUDITED | ADDED
     assert sum(case.core for case in audit_cases(capability)) >= CORE_LAUNCHES[capability]
 
 

@@ -20,7 +20,7 @@ from ijepa.downstream.neighbours import nearest
 from ijepa.downstream.options import EmbedOptions, EncoderOptions, NeighboursOptions
 from ijepa.evaluate.pretrained import PretrainedEncoder, evaluation_crop
 from ijepa.interop import load_pretrained
-from ijepa.report.progress import RunConsole
+from ijepa.report.console import RunConsole
 from ijepa.train import distributed
 from ijepa.train.from_recipe import choose_device
 from ijepa.visualize.neighbours import draw_neighbours

@@ -8,7 +8,7 @@ import errno
 import io
 import os
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 
@@ -34,7 +34,8 @@ class RunConsole(Console):
     disk: the run goes on unheard."""
 
     def __init__(self) -> None:
-        super().__init__(file=None if sys.stdout is None else _LastingOutput(sys.stdout))
+        stream = None if sys.stdout is None else cast(TextIO, _LastingOutput(sys.stdout))
+        super().__init__(file=stream)
 
 
 class _LastingOutput:

@@ -16,11 +16,13 @@ from rich.table import Table
 from ijepa.config import Recipe
 from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
+from ijepa.evaluate.warnings import learning_warnings
 from ijepa.printable import printable
 from ijepa.report.metrics import read_metrics
 from ijepa.report.progress import format_seconds
 from ijepa.versions import versions
 
+PROBES = ("linear probe", "kNN", "whitened kNN")  # columns of the closing table, once a task
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 
 
@@ -133,19 +135,19 @@ def closing_rich_table(report: RunReport) -> Table:
 def _probe_cells(report: RunReport) -> list[list[str]]:
     """Header and rows of the closing table; the last row is guessing."""
     tasks = list(report.chance)
-    header = ["average-pooled features of"]
+    header = ["features of"]
     for task in tasks:
         prefix = f"{task}: " if len(tasks) > 1 else ""
-        header += [f"{prefix}linear probe", f"{prefix}kNN"]
+        header += [f"{prefix}{probe}" for probe in PROBES]
     cells = [header]
     for row in report.probes:
         if not row.scores:
-            cells.append([row.features, *["not finite"] * (2 * len(tasks))])
+            cells.append([row.features, *["not finite"] * (len(PROBES) * len(tasks))])
             continue
         scores = [row.scores[task] for task in tasks]
-        values = [value for score in scores for value in (score.linear, score.knn)]
+        values = [v for score in scores for v in (score.linear, score.knn, score.whitened_knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
-    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in range(2)]
+    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in PROBES]
     return [*cells, ["always the commonest class", *guesses]]
 
 
@@ -166,12 +168,13 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
             f"## Accuracy on held-out images ({', '.join(report.chance)})",
             _markdown_table(header, rows),
             "The linear probe is a logistic regression on standardised features; kNN votes among "
-            "20 neighbours by cosine. The commonest class is that of the images the probes are "
-            "fitted on.",
+            "20 neighbours by cosine, of features as they are and whitened by those it looks "
+            "among. Features are averaged over the patches unless the row says otherwise. The "
+            "commonest class is that of the images the probes are fitted on.",
         ]
     if report.no_probes:
         parts += ["## Accuracy on held-out images", f"Not measured: {report.no_probes}."]
-    parts += _panel_section(metrics)
+    parts += _panel_section(metrics, recipe)
     if plotted:
         parts += ["## Curves", "![curves](curves.png)"]
     else:
@@ -186,21 +189,28 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
     return "\n\n".join(parts) + "\n"
 
 
-def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+def _panel_section(metrics: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
     panels = [line for line in metrics if "effective_rank" in line]
     losses = [line for line in metrics if "loss" in line]
     if not panels or not losses:
         return []
     first, last = panels[0], panels[-1]
+    warnings = learning_warnings(last, recipe.model.width, recipe.schedule.warmup_steps)
     rows = [
-        (title, f"{first[name]:.3f}", f"{last[name]:.3f}")
+        (title, f"{first[name]:.3g}", f"{last[name]:.3g}")
         for name, title in (
             ("effective_rank", "effective rank (RankMe)"),
+            ("centred_rank", "effective rank, less the mean"),
             ("feature_std", "std over images, mean of the dimensions"),
             ("lowest_std", "std over images, lowest dimension"),
             ("cosine", "mean cosine between images"),
             ("knn", "online kNN accuracy"),
             ("knn_guessing", "accuracy of guessing on the same images"),
+            ("r2", "R2: share predicted of what the position leaves open"),
+            ("position_share", "share of the targets' variance: position"),
+            ("image_share", "share of the targets' variance: image"),
+            ("interaction_share", "share of the targets' variance: this patch of this image"),
+            ("encoder_grad_norm", "gradient norm of the encoder"),
         )
         if name in first and name in last
     ]
@@ -210,6 +220,7 @@ def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Loss at the end {losses[-1]['loss']:.4f}. It is a proxy: it falls while targets are easy "
         "and rises again when they begin to carry content. A collapse shows here instead: "
         "effective rank towards 1, std towards 0, cosine towards 1.",
+        *(f"**Warning:** {sentence}." for sentence in warnings.values()),
     ]
 
 

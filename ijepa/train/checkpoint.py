@@ -5,6 +5,7 @@
         trainer.safetensors     optimiser and counters, random states
         checkpoint.json         step, settings, versions, sizes and SHA-256 of the files
     RUN/checkpoints/latest      the newest one's name
+    RUN/checkpoints/best/       the weights alone that scored best on the way
 
 A checkpoint is written into a folder aside, every file and the folder are fsynced, and one rename
 puts it in place; `latest` is replaced likewise. A process killed at any moment leaves the last
@@ -35,11 +36,12 @@ from ijepa.versions import versions
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
 KEPT = 2  # checkpoints of a run
-WEIGHTS, STATE, METADATA, LATEST = (
+WEIGHTS, STATE, METADATA, LATEST, BEST = (
     "weights.safetensors",
     "trainer.safetensors",
     "checkpoint.json",
     "latest",
+    "best",
 )
 
 
@@ -86,8 +88,34 @@ def save_checkpoint(
             nothing of this one is left to fill the disk.
     """
     root = run_folder / "checkpoints"
+    final = write_checkpoint(root, f"step-{step:08d}", step, weights, state, metadata)
+    try:
+        write_whole(root / LATEST, final.name + "\n")
+    except OSError as error:
+        raise not_written(final.name, root, error) from None
+    # By when they were written: of a run that goes on from an older checkpoint, those of higher
+    # steps are the older ones.
+    others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
+    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+        _remove(old)
+    return final
+
+
+def write_checkpoint(
+    root: Path,
+    name: str,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+) -> Path:
+    """Write `root`/`name` whole, in place of what was there; arguments as for `save_checkpoint`.
+
+    Raises:
+        NotWritten: what was there is as it was.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:08d}"
+    final = root / name
     aside = root / f".{final.name}.partial"
     for leftover in root.glob(".*.partial"):
         _remove(leftover)
@@ -106,14 +134,10 @@ def save_checkpoint(
             final.rename(root / f".{final.name}.replaced.partial")
         aside.rename(final)
         sync(root)
-        write_whole(root / LATEST, final.name + "\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise not_written(final.name, root, error) from None
-    # By when they were written: of a run that goes on from an older checkpoint, those of higher
-    # steps are the older ones.
-    others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
-    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+    for old in root.glob(f".{name}.*.partial"):
         _remove(old)
     return final
 
@@ -282,8 +306,8 @@ def find_checkpoint(path: Path) -> Path:
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"step-\d{1,18}", name):  # a path would lead out of the run
             raise CheckpointError(
-                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got "
-                f"{name[:80]!r}"
+                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, "
+                f"got {name[:80]!r}"
             )
         if not (root / name).is_dir():
             raise CheckpointError(f"{root / LATEST} names {name}, which is not there")

@@ -31,6 +31,7 @@ RESUMABLE = (
     "train.tensorboard",
     "monitor.every",
     "monitor.images",
+    "monitor.online_images",
     "monitor.evaluate",
     "monitor.probe_images",
 )

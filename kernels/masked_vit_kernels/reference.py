@@ -20,7 +20,8 @@ from torch import Tensor
 
 from masked_vit_kernels.packing import Packing, PredictorPacking
 
-TARGET_LAYER_NORM_EPS = 1e-5  # F.layer_norm's default, used by the released code on the targets
+# F.layer_norm's default, used by the released code on the targets; of instance norm here too.
+TARGET_LAYER_NORM_EPS = 1e-5
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -194,22 +195,30 @@ def latent_prediction_loss(
     target_rows: Tensor,
     *,
     kind: str = "smooth_l1",
+    target_norm: str = "layer",
     denominator: Tensor | None = None,
 ) -> Tensor:
-    """Distance between predictions (Tt, D) and the LayerNorm-ed target rows they stand for.
+    """Distance between predictions (Tt, D) and the normalised target rows they stand for.
 
     target_features (B, N, D) or (R, D) without gradient, target_rows (Tt,) rows of it or -1.
+    target_norm "layer" over each row, "instance" over the N patches of an image, or "none".
     """
-    features = _wide(target_features).detach().reshape(-1, target_features.shape[-1])
+    width = target_features.shape[-1]
+    features = _wide(target_features).detach()
+    if target_norm == "instance":
+        centred = features - features.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)  # (B, 1, D), biased
+        features = centred / (variance + TARGET_LAYER_NORM_EPS).sqrt()
+    features = features.reshape(-1, width)
     _check_ids(target_rows, features.shape[0], "target_rows")
     valid = target_rows >= 0
-    targets = F.layer_norm(
-        features[target_rows[valid]], features.shape[-1:], eps=TARGET_LAYER_NORM_EPS
-    )
+    targets = features[target_rows[valid]]
+    if target_norm == "layer":
+        targets = F.layer_norm(targets, (width,), eps=TARGET_LAYER_NORM_EPS)
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
     total = distance(_wide(predictions)[valid], targets, reduction="sum")
     if denominator is None:
-        denominator = (valid.sum() * features.shape[-1]).clamp(min=1)
+        denominator = (valid.sum() * width).clamp(min=1)
     return total / denominator
 
 

@@ -9,6 +9,7 @@ bfloat16. The seed is printed; the same seed draws the same shapes and numbers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import secrets
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import masked_vit_kernels as ops
 from masked_vit_kernels import reference
 from masked_vit_kernels.attention.config import MAX_HEAD_DIM
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
+from masked_vit_kernels.tokens.prediction_loss import KINDS, TARGET_NORMS
 
 # Largest error, relative to the largest exact value (at least 1).
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -206,13 +208,16 @@ def check_predictor_tokens_and_loss(machine: Machine) -> float:
             machine.randn(tokens, width),
         ],
     )
-    features = machine.randn(tokens, width).detach()
-    for kind in ("smooth_l1", "l2"):
+    features = machine.randn(1, tokens, width).detach()
+    for kind, norm in itertools.product(KINDS, TARGET_NORMS):
+        options = {"kind": kind, "target_norm": norm}
         error = _check(
             machine,
-            lambda x, kind=kind: ops.latent_prediction_loss(x, features, target_ids, kind=kind),
-            lambda x, kind=kind: reference.latent_prediction_loss(
-                x, features.cpu().double(), target_ids.cpu(), kind=kind
+            lambda x, options=options: ops.latent_prediction_loss(
+                x, features, target_ids, **options
+            ),
+            lambda x, options=options: reference.latent_prediction_loss(
+                x, features.cpu().double(), target_ids.cpu(), **options
             ),
             [machine.randn(target.capacity, width)],
         )

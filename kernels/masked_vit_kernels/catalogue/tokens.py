@@ -21,8 +21,13 @@ from masked_vit_kernels.catalogue.sizes import (
 )
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens import gather_kernels as gather
+from masked_vit_kernels.tokens import (
+    image_statistics,
+    prediction_loss,
+    predictor_tokens,
+    sum_by_place,
+)
 from masked_vit_kernels.tokens import patch_embed_kernels as embed
-from masked_vit_kernels.tokens import prediction_loss, predictor_tokens, sum_by_place
 from masked_vit_kernels.tokens.rows import RowIndex
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -297,6 +302,34 @@ def _loss_cases() -> Iterator[Case]:
                     )
                     yield _one("prediction_loss_backward", keys, launch, "streaming", core)
     yield from _loss_finish_cases(pair)
+    yield from _other_norm_cases(ids, vector, pair)
+
+
+def _other_norm_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Case]:
+    """Targets normalised over an image's patches or not at all, audited only: at one width."""
+    width, kind = CORE_WIDTH, "smooth_l1"
+    statistics = meta(2, B, width)
+    for dtype in ROW_DTYPES:
+        core = dtype == BFLOAT16
+        x, images = meta(R, width, dtype=dtype), meta(B, N, width, dtype=dtype)
+        launch = image_statistics.image_statistics_launch(images, statistics)
+        keys: Keys = {"dtype": dtype, "width": width}
+        yield _one("image_statistics", keys, launch, "streaming", core, in_library=False)
+        features = images.flatten(0, 1)
+        for norm in ("instance", "none"):
+            mean, rstd = statistics if norm == "instance" else (vector, vector)
+            keys = {"dtype": dtype, "width": width, "kind": kind, "norm": norm}
+            core = core and norm == "instance"
+            launch = prediction_loss.loss_forward_launch(
+                x, features, ids, mean, rstd, meta(2, 2048), kind, norm, N
+            )
+            yield _one("prediction_loss", keys, launch, "streaming", core, in_library=False)
+            launch = prediction_loss.loss_backward_launch(
+                meta(), pair, x, features, ids, mean, rstd, x, kind, norm, N
+            )
+            yield _one(
+                "prediction_loss_backward", keys, launch, "streaming", core, in_library=False
+            )
 
 
 def _loss_finish_cases(out: Tensor) -> Iterator[Case]:

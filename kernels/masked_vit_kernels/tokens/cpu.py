@@ -16,7 +16,7 @@ from torch import Tensor
 from masked_vit_kernels.packing import Packing, PredictorPacking
 from masked_vit_kernels.pixels import extract_patches, normalize_images
 
-TARGET_LAYER_NORM_EPS = 1e-5  # of the LayerNorm that the released code puts on the targets
+TARGET_NORM_EPS = 1e-5  # of the targets' normalisations; the released code's LayerNorm has it
 
 
 def _check_ids(ids: Tensor, count: int, name: str) -> None:
@@ -165,22 +165,30 @@ def latent_prediction_loss(
     target_rows: Tensor,
     *,
     kind: str = "smooth_l1",
+    target_norm: str = "layer",
     denominator: Tensor | None = None,
 ) -> Tensor:
     """See `masked_vit_kernels.latent_prediction_loss`."""
     width = target_features.shape[-1]
-    features = target_features.detach().reshape(-1, width)
-    _check_ids(target_rows, features.shape[0], "target_rows")
     precision = torch.float64 if predictions.dtype == torch.float64 else torch.float32
+    features = target_features.detach()
+    if target_norm == "instance":
+        features = _standardise_over_patches(features.to(precision))
+    features = features.reshape(-1, width)
+    _check_ids(target_rows, features.shape[0], "target_rows")
     valid = (target_rows >= 0)[:, None]
-    targets = F.layer_norm(
-        _take_rows(features, target_rows).to(precision),
-        (width,),
-        eps=TARGET_LAYER_NORM_EPS,
-    )
+    targets = _take_rows(features, target_rows).to(precision)
+    if target_norm == "layer":
+        targets = F.layer_norm(targets, (width,), eps=TARGET_NORM_EPS)
     predictions = predictions.to(precision).masked_fill(~valid, 0)
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
     total = distance(predictions, targets.masked_fill(~valid, 0), reduction="sum")
     if denominator is None:
         denominator = (valid.sum() * width).clamp(min=1)
     return total / denominator
+
+
+def _standardise_over_patches(features: Tensor) -> Tensor:
+    """(B, N, D): each feature of an image to mean 0 and variance 1 over the patches."""
+    variance, mean = torch.var_mean(features, dim=1, correction=0, keepdim=True)
+    return (features - mean) * (variance + TARGET_NORM_EPS).rsqrt()
