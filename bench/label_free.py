@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ijepa.report.metrics import read_metrics
 
@@ -23,13 +24,13 @@ FIGURES = (
 )  # fmt: skip
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    values = np.asarray(values, dtype=np.float64)
-    return np.array([((values < v).sum() + (values <= v).sum() - 1) / 2 for v in values])
+def ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks from 0 of (n,) values, equal ones sharing the mean of theirs."""
+    known = np.asarray(values, dtype=np.float64)
+    return np.array([((known < v).sum() + (known <= v).sum() - 1) / 2 for v in known])
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Rank correlation in [-1, 1]; NaN where one of the two is constant."""
     a, b = ranks(first), ranks(second)
     a, b = a - a.mean(), b - b.mean()
