@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ijepa.config import Recipe
-from ijepa.cost.flops import flops_per_image, sample_tokens
+from ijepa.config import MaskConfig, ModelConfig, Recipe
+from ijepa.cost.flops import TokenCounts, sample_tokens, step_flops, total_flops
 from ijepa.cost.memory import activation_bytes, count_parameters, state_bytes
 from ijepa.propose.images import ImageFacts
 from ijepa.propose.machine import Machine, Speed
@@ -62,13 +63,16 @@ def choose_size(
         ValueError: not even the smallest fits the memory.
     """
     chosen: SizeChoice | None = None
+    why = ""
     for size in SIZES:
         choices = _without_length(size, images, machine, path)
-        why = _too_few_images(size, images) if choices is not None else _no_memory(size, machine)
-        if not why and chosen is not None and choices is not None:
-            why = _hopeless(size, choices, chosen, machine, hours)
-        if why or choices is None:
+        if choices is None:
+            why = _no_memory(size, machine)
             break
+        if chosen is not None:
+            why = _wants_more(size, images) or _hopeless(size, choices, chosen, machine, hours)
+            if why:
+                break
         speed = measure(_timed(choices))
         seen = affordable(speed, machine, hours)
         if chosen is not None and seen < size.seen:
@@ -306,8 +310,7 @@ def _seconds_an_image(speed: Speed, machine: Machine) -> float:
 def _largest_micro_batch(recipe: Recipe, machine: Machine) -> int:
     parameters = count_parameters(recipe.model)
     room = _MEMORY_SHARE * machine.memory - state_bytes(parameters, recipe.train.precision)
-    tokens = sample_tokens(recipe, min(recipe.train.batch_size, 64))
-    image = activation_bytes(recipe.model, tokens, recipe.train.precision)
+    image = activation_bytes(recipe.model, _tokens_of(recipe), recipe.train.precision)
     return max(int(room // image), 0)
 
 
@@ -315,17 +318,23 @@ def _no_memory(size: Size, machine: Machine) -> str:
     return f"{size} does not fit into {machine.memory / 2**30:,.0f} GiB of {machine.label}"
 
 
-def _too_few_images(size: Size, images: ImageFacts) -> str:
-    if images.count >= size.images:
-        return ""
-    return f"{size} wants {size.images:,} images to be worth it, and there are {images.count:,}"
+def _wants_more(size: Size, images: ImageFacts) -> str:
+    """Why the images are too few or too small for a size; "" where they are not."""
+    if images.count < size.images:
+        return f"{size} wants {size.images:,} images to be worth it, and there are {images.count:,}"
+    if 4 * min(images.height, images.width) < size.side:
+        return (
+            f"{size} is for images of {size.side} pixels, at least a quarter of that, and the "
+            f"median is {images.width}x{images.height}"
+        )
+    return ""
 
 
 def _hopeless(
     size: Size, choices: list[Choice], chosen: SizeChoice, machine: Machine, hours: float
 ) -> str:
     """Why a size need not be timed: it would be too slow even at a much better rate."""
-    ratio = _flops(choices) / _flops(chosen.choices)
+    ratio = flops_of(_timed(choices)) / flops_of(_timed(chosen.choices))
     step = chosen.speed.step * ratio
     optimistic = Speed(step / _BETTER_RATE, chosen.speed.decode)
     if affordable(optimistic, machine, hours) >= size.seen:
@@ -333,9 +342,20 @@ def _hopeless(
     return _too_slow(size, affordable(Speed(step, chosen.speed.decode), machine, hours), hours)
 
 
-def _flops(choices: list[Choice]) -> float:
-    recipe = _timed(choices)
-    return flops_per_image(recipe, min(recipe.train.batch_size, 64))
+def flops_of(recipe: Recipe) -> float:
+    """Operations an image costs in a step, about."""
+    return total_flops(step_flops(recipe.model, _tokens_of(recipe)))
+
+
+def _tokens_of(recipe: Recipe) -> TokenCounts:
+    return _sampled_tokens(recipe.masks, recipe.model.grid)
+
+
+@functools.cache
+def _sampled_tokens(masks: MaskConfig, grid: tuple[int, int]) -> TokenCounts:
+    """Drawn once for all the networks that share them."""
+    grid_alone = ModelConfig(image_size=grid, patch_size=(1, 1))
+    return sample_tokens(Recipe(masks=masks, model=grid_alone), 64)
 
 
 def _too_slow(size: Size, seen: float, hours: float) -> str:
