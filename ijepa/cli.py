@@ -230,7 +230,8 @@ def _proposed(arguments: list[str], hours: str | None, dry_run: bool) -> Recipe 
         print(proposal.text, end="")
         return None
     path = write_beside_others(proposal.text, Path.cwd(), recipe_name(folder))
-    print(f"{proposal.text}\nWritten to {path.name}; `ijepa pretrain {path.name}` begins it again.\n")
+    again = f"`ijepa pretrain {path.name}` begins it again"
+    print(f"{proposal.text}\nWritten to {path.name}; {again}.\n", flush=True)
     return dataclasses.replace(proposal.recipe, name=path.stem)
 
 

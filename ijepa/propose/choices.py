@@ -144,8 +144,8 @@ def _without_length(
         return None
     choices.append(batch)
     if accumulate > 1:
-        choices.append(Choice("train.accumulate", accumulate,
-                              f"the memory holds about {room:,} images a forward pass"))  # fmt: skip
+        why = f"the memory holds about {room:,} images a forward pass"
+        choices.append(Choice("train.accumulate", accumulate, why))
     elif machine.device == "cuda":
         choices.append(Choice("train.cuda_graph", True, "one GPU, one micro-batch: less host time"))
     return choices

@@ -110,9 +110,7 @@ def _changes_speed(key: str) -> bool:
     return table in ("model", "masks") or (table == "train" and name in changing)
 
 
-def _with_given(
-    choices: list[Choice], recipe: Recipe, given: Sequence[str]
-) -> list[Choice]:
+def _with_given(choices: list[Choice], recipe: Recipe, given: Sequence[str]) -> list[Choice]:
     """The choices with what was given in the place of what was chosen."""
     values: dict[str, Any] = recipe_to_dict(recipe)
     left = {key: key.split(".") for key in given if "." in key and key != "data.path"}

@@ -1,8 +1,8 @@
 """Networks that may be proposed, from the smallest up, and what each wants to be worth its cost.
 
-`images` and `seen` are rules of thumb: the smallest network is the demo's, which learned in 102,000
-images seen of 12,000; ViT-B to ViT-H lie below what the paper gave them (600 and 300 passes over 1.28
-million). What lies between was not measured.
+`images` and `seen` are rules of thumb: the smallest network is the demo's, which learned in 102,400
+images seen of 12,000; ViT-B to ViT-H lie below what the paper gave them (600 and 300 passes over
+1.28 million). What lies between was not measured.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def test_micro_batches_fit_the_memory():
     _, recipe, _, _, _ = proposed(facts(), H200, 1, 1e13)
     assert recipe.train.accumulate == 1 and recipe.train.cuda_graph
     nothing = Machine("cuda", "a GPU", 8, 1 << 20)
-    with pytest.raises(ValueError, match="the demo's network .* does not fit into 0 GiB of a GPU"):
+    with pytest.raises(ValueError, match=r"the demo's network .* does not fit into 0 GiB of a GPU"):
         proposed(facts(), nothing, 1, 1e13)
 
 

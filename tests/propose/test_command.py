@@ -81,6 +81,7 @@ def test_a_run_trains_by_the_recipe_that_it_wrote(tmp_path, capsys, monkeypatch)
 
 def test_lengths_follow_what_was_given(tmp_path, timed):
     photographs(tmp_path / "photos", 40)
+
     def changed(settings):
         return propose(
             "photos",
@@ -130,9 +131,14 @@ def test_several_ranks_are_told_to_take_a_file(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ['say "x" \\ y', "füchse 🦊", "a\tb\x7f", "#1 = [x]"])
 def test_folders_of_any_name_are_written_down(tmp_path, name):
-    choices = [Choice("data.source", "folder", "yours"), Choice("data.path", f"/x/{name}", "there"),
-               Choice("train.steps", 3, "few"), Choice("model.image_mean", [0.1, 0.2, 0.3], "seen"),
-               Choice("schedule.peak_lr", 1e-05, "low"), Choice("data.flip", True, "why")]  # fmt: skip
+    choices = [
+        Choice("data.source", "folder", "yours"),
+        Choice("data.path", f"/x/{name}", "there"),
+        Choice("train.steps", 3, "few"),
+        Choice("model.image_mean", [0.1, 0.2, 0.3], "seen"),
+        Choice("schedule.peak_lr", 1e-05, "low"),
+        Choice("data.flip", True, "why"),
+    ]
     path = write_beside_others(recipe_text(["head"], choices), tmp_path, recipe_name(f"/x/{name}"))
     recipe = load_recipe(str(path))
     assert recipe.data.path == f"/x/{name}" and recipe.data.flip
