@@ -94,7 +94,7 @@ def propose(
     choices = [*choices, worker_choice(machine, speed), *lengths]
     recipe = _overridden(recipe_of(choices, recipe_name(path)), override, given)
     choices = _with_given(choices, recipe, given)
-    head = _head(path, images, machine, hours, asked is None, sized)
+    head = _head(images, machine, hours, asked is None, sized)
     return Proposal(recipe, recipe_text(head, choices))
 
 
@@ -111,21 +111,21 @@ def _changes_speed(key: str) -> bool:
 
 
 def _with_given(choices: list[Choice], recipe: Recipe, given: Sequence[str]) -> list[Choice]:
-    """The choices with what was given in the place of what was chosen."""
+    """The choices with what was given, and what that implies, in the place of what was chosen."""
     values: dict[str, Any] = recipe_to_dict(recipe)
-    left = {key: key.split(".") for key in given if "." in key and key != "data.path"}
-    changed = []
-    for choice in choices:
-        if choice.key in left:
-            table, name = left.pop(choice.key)
-            choice = Choice(choice.key, values[table][name], _GIVEN)
-        changed.append(choice)
-    changed += [Choice(key, values[table][name], _GIVEN) for key, (table, name) in left.items()]
-    return [choice for choice in changed if choice.value is not None]
+
+    def taken(key: str, reason: str) -> Choice:
+        table, _, name = key.partition(".")
+        return Choice(key, values[table][name], reason)
+
+    reasons = dict.fromkeys(implied_settings(given), "follows from what was given")
+    reasons |= {key: _GIVEN for key in given if "." in key}
+    kept = [taken(c.key, reasons.pop(c.key)) if c.key in reasons else c for c in choices]
+    kept += [taken(key, reason) for key, reason in reasons.items()]
+    return [choice for choice in kept if choice.value is not None]
 
 
 def _head(
-    path: str,
     images: ImageFacts,
     machine: Machine,
     hours: float,

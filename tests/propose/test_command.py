@@ -79,7 +79,7 @@ def test_a_run_trains_by_the_recipe_that_it_wrote(tmp_path, capsys, monkeypatch)
     assert load_checkpoint("runs/my-photos-2-001").step == 3
 
 
-def test_lengths_follow_what_was_given(tmp_path, timed):
+def test_lengths_follow_what_was_given_and_the_file_says_all_of_it(tmp_path, timed):
     photographs(tmp_path / "photos", 40)
 
     def changed(settings):
@@ -95,6 +95,15 @@ def test_lengths_follow_what_was_given(tmp_path, timed):
     half = changed({"train.batch_size": whole.train.batch_size // 2}).recipe
     assert timed[-1].train.batch_size == half.train.batch_size == whole.train.batch_size // 2
     assert half.train.num_steps == pytest.approx(2 * whole.train.num_steps, abs=2)
+    for settings in (
+        {"schedule.warmup_epochs": 2.0},
+        {"train.epochs": 3.0, "schedule.warmup_steps": 1},
+        {"model.init": "released", "optim.eps": 1e-6, "masks.min_context": 3},
+        {"optim.max_grad_norm": 1.0, "data.flip": True, "model.image_size": (24, 16)},
+    ):
+        proposal = changed(settings)
+        (tmp_path / "photos.toml").write_text(proposal.text)
+        assert load_recipe("photos.toml") == proposal.recipe
     proposal = changed({"train.epochs": 7.0})
     assert (proposal.recipe.train.steps, proposal.recipe.train.epochs) == (None, 7.0)
     (tmp_path / "p.toml").write_text(proposal.text)
