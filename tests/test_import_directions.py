@@ -83,13 +83,19 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
             "model", "visualize", "cost", "evaluate", "report",
         },
+        "propose": {
+            "config", "recipes", "counter_rng", "disk", "printable", "masks", "data", "cost",
+            "report", "train",
+        },
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
             "positions", "evaluate", "report", "train", "interop", "visualize",
         },
         "doctor": {"versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
+        "cli": {
+            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "doctor",
+        },
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.
