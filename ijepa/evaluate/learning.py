@@ -59,7 +59,8 @@ def measure_learning(model: IJEPA, batches: list[tuple[Tensor, MaskBatch]]) -> L
     image_means, error = [], 0.0
     with torch.no_grad():
         for images, masks in batches:
-            every = normalised_targets(model.patch_targets(images), model.config.target_norm)  # (B, N, D)
+            patches = model.patch_targets(images)
+            every = normalised_targets(patches, model.config.target_norm)  # (B, N, D)
             everywhere = torch.arange(every.shape[1], device=every.device).repeat(every.shape[0])
             positions.add(every.flatten(0, 1), everywhere)
             image_means.append(every.mean(dim=1))

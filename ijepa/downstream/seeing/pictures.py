@@ -97,10 +97,11 @@ def picture_pca(
     basis: Basis = "each",
     remove_position: bool = False,
 ) -> Picture:
-    """Patch features of target encoders as colours, a row an image, a column a network."""
+    """Patch features of target encoders as colours, a row an image, a column a network; the
+    directions are those of all `images`."""
     features = []
     for opened in networks:
-        found = _patch_features(opened, images.view(opened.config, 0, count))
+        found = _patch_features(opened, images.view(opened.config))
         features.append(found - found.mean(dim=0) if remove_position else found)
     colours = pca_colours(features, basis)
     shown = images.view(networks[0].config, 0, count)
@@ -191,8 +192,9 @@ def picture_neighbours(
 
 
 def picture_predictor(opened: Opened, images: Images, *, count: int = 4) -> Picture:
-    """Where the predicted features of each target block match, in the image and in another."""
-    pixels = images.view(opened.config, 0, max(count, 16))
+    """Where the predicted features of each target block match, in the image and in another; the
+    shares of right matches are over all `images`."""
+    pixels = images.view(opened.config)
     if len(pixels) < 2:
         raise ValueError("the predictor's picture compares images: give at least two")
     device = opened.model.context_encoder.pos_embed.device
@@ -214,21 +216,21 @@ def picture_predictor(opened: Opened, images: Images, *, count: int = 4) -> Pict
             target = np.zeros(grid, dtype=bool)
             target.flat[ids.numpy()] = True
             colour = PALETTE[block % len(PALETTE)]
-            for where, place in ((number, "here"), (other, "other image")):
+            for where, place in ((number, "here"), (other, "elsewhere")):
                 values = found.maps[number, block, where].numpy().reshape(grid)
                 cells = heat_colours(values, -limit, limit)
                 drawn = laid_over(_zoomed(pixels[where]), enlarged(cells, image.shape[:2]))
                 row.append(framed(drawn, target, colour, 4))
-                words.append(f"block {block + 1}, {place}")
+                words.append(f"{block + 1}, {place}")
         rows.append(row)
         captions.append(words)
     return Picture(
         "predictor",
         "What the predictor expects",
-        "Cosine of the predicted features of a target block (framed) with every patch of the image "
-        f"and of another one; dark is -{limit:.2f}, light +{limit:.2f}. Over {len(pixels)} images "
-        f"the right place is the most alike of its image for {found.place:.1%} of the target "
-        f"patches (guessing {found.place_chance:.1%}), the right image the most alike at its place "
+        "Cosine of the predicted features of each target block (framed) with every patch of the "
+        f"image and, elsewhere, of another one; dark is -{limit:.2f}, light +{limit:.2f}. Over "
+        f"{len(pixels)} images the right place is the most alike of its image for "
+        f"{found.place:.1%} of the target patches (guessing {found.place_chance:.1%}), the right image the most alike at its place "
         f"for {found.image:.1%} (guessing {found.image_chance:.1%}). Images: {images.caption}.",
         draw_sheet(rows, captions=captions, tile=112),
     )

@@ -50,6 +50,11 @@ class Line:
     steps: list[float]
     values: list[float]
 
+    @property
+    def many(self) -> bool:
+        """Whether they are smoothed rather than marked."""
+        return len(self.steps) > FEW_POINTS
+
 
 def curves(width: int | None, guessing: float | None) -> list[Curve]:
     """What is drawn of every run, with the healthy bands that the program itself warns by.
