@@ -87,7 +87,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "printable", "versions", "machine",
-            "masks", "data", "vit", "model", "evaluate", "report", "train", "interop", "visualize",
+            "masks", "data", "vit", "model", "positions", "evaluate", "report", "train", "interop",
+            "visualize",
         },
         "doctor": {"machine", "versions"},
         "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
@@ -100,7 +101,8 @@ OPS = {
     "ijepa.model": {"masked_vit_kernels"},
     "ijepa.train.optim": {"masked_vit_kernels"},
     "ijepa.masks": {"masked_vit_kernels.packing"},
-    "ijepa.evaluate": {"masked_vit_kernels.pixels"},
+    "ijepa.evaluate": {"masked_vit_kernels.pixels", "masked_vit_kernels.packing"},
+    "ijepa.downstream": {"masked_vit_kernels.pixels"},
     "ijepa.doctor": {"masked_vit_kernels.cpu_linear"},
 }
 # The oracle judges production and lends it nothing.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ijepa.config import Recipe
 from ijepa.data.sources import ImageSource
-from ijepa.evaluate.collapse import collapse_panel, panel_line
+from ijepa.evaluate.collapse import Panel, collapse_panel, panel_line
 from ijepa.evaluate.features import encoder_features
 from ijepa.evaluate.learning import learning_line, measure_learning
 from ijepa.evaluate.warnings import learning_warnings
@@ -48,17 +48,18 @@ class RunPanel:
         self._masks: list[MaskBatch] | None = None
         self._warned: set[str] = set()
 
-    def look(self, done: int) -> None:
-        """Show and write down the panel after `done` steps, on the first rank."""
+    def look(self, done: int) -> Panel | None:
+        """Show and write down the panel after `done` steps, on the first rank; None elsewhere, and
+        where there is nothing to compare."""
         if not distributed.is_main():
-            return
+            return None
         with telling(self._console, f"Panel on {self._recipe.monitor.images:,} images"):
-            self._look(done)
+            return self._look(done)
 
-    def _look(self, done: int) -> None:
+    def _look(self, done: int) -> Panel | None:
         images, labels = self.images()
         if images.shape[0] < 2:
-            return  # nothing to compare; said at the start
+            return None  # said at the start
         features = encoder_features(self._model.target_encoder, images).last
         panel = collapse_panel(features, labels)
         learning = None if panel.not_finite else measure_learning(self._model, self._masked())
@@ -75,6 +76,7 @@ class RunPanel:
             if kind not in self._warned:
                 self._warned.add(kind)
                 self._progress.note(f"warning: {sentence}")
+        return panel
 
     def _masked(self) -> list[tuple[Tensor, MaskBatch]]:
         """Batches of the panel's images and the masks they are always seen under."""

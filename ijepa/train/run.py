@@ -22,6 +22,7 @@ from ijepa.train import distributed, from_recipe
 from ijepa.train.checkpoint import Checkpoint
 from ijepa.train.divergence import TooManySkips, WeightsNotFinite
 from ijepa.train.figures import Figures
+from ijepa.train.online import OnlineProbes
 from ijepa.train.panel import RunPanel
 from ijepa.train.prefetch import copied_beside
 from ijepa.train.resume import by_name, check_resumable, run_folder_of
@@ -155,6 +156,9 @@ class Run:
             progress=self.progress,
             console=console,
         )
+        self._online = OnlineProbes(
+            recipe, source, self.model, figures=self.figures, progress=self.progress
+        )
         self.saving = Saving(
             recipe,
             self.trainer,
@@ -175,6 +179,13 @@ class Run:
             self.progress.note(f"Left out, being no readable files: {len(self.left_out)} ({named})")
         if self.recipe.monitor.every and len(self.source) < 2:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
+
+    def look(self, done: int) -> None:
+        """Panel and online probes after `done` steps; the best weights so far are kept."""
+        panel = self.panel.look(done)
+        score = self._online.look(done, panel)
+        if score is not None and done > 0:
+            self.saving.keep_if_best(done, score)
 
     def first(self, what: str, done: int) -> contextlib.AbstractContextManager[None]:
         """Around the first step of this process: says what goes on where it takes a while."""
