@@ -230,8 +230,9 @@ def picture_predictor(opened: Opened, images: Images, *, count: int = 4) -> Pict
         "Cosine of the predicted features of each target block (framed) with every patch of the "
         f"image and, elsewhere, of another one; dark is -{limit:.2f}, light +{limit:.2f}. Over "
         f"{len(pixels)} images the right place is the most alike of its image for "
-        f"{found.place:.1%} of the target patches (guessing {found.place_chance:.1%}), the right image the most alike at its place "
-        f"for {found.image:.1%} (guessing {found.image_chance:.1%}). Images: {images.caption}.",
+        f"{found.place:.1%} of the target patches (guessing {found.place_chance:.1%}), the right "
+        f"image the most alike at its place for {found.image:.1%} (guessing "
+        f"{found.image_chance:.1%}). Images: {images.caption}.",
         draw_sheet(rows, captions=captions, tile=112),
     )
 

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ijepa.versions import installed_versions
 
 DEFAULT_NAME = "report.html"
 _LARGEST_PNG = 150_000  # bytes: what is larger is written as JPEG
-_SMALLEST_GALLERY, _SHOWN = 80, 5
+_SMALLEST_GALLERY, _SHOWN, _PREDICTED = 80, 5, 16  # images
 
 
 def write_page(options: ReportOptions) -> Path:
@@ -64,7 +65,8 @@ def write_page(options: ReportOptions) -> Path:
         for number, note in notes:
             noted = [*runs[number].notes, note]
             runs[number] = dataclasses.replace(runs[number], notes=noted)
-    made = f"Made by ijepa {installed_versions()['ijepa']}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
+    when = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    made = f"Made by ijepa {installed_versions()['ijepa']}, {when}."
     out = options.out or folders[0] / DEFAULT_NAME
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, render_page(runs, pictures, made))
@@ -108,7 +110,7 @@ def read_run_folder(folder: Path, name: str) -> PageRun:
             notes.append(f"{what} cannot be read: {error}")
             return None
 
-    metadata = {}
+    metadata: Mapping[str, Any] = {}
     if holds_checkpoint(folder):
         metadata = read("the checkpoint", lambda: read_metadata(find_checkpoint(folder))) or {}
     settings = metadata.get("config")
@@ -183,31 +185,40 @@ def _drawers(
     shown = [*networks, untrained]
     few = dataclasses.replace(images, numbers=images.numbers[:_SMALLEST_GALLERY])
     drawers: list[tuple[str, int, Callable[[], list[Picture]]]] = [
-        ("PCA maps", 0, lambda: [
-            picture_pca(shown, few, basis="each", remove_position=remove)
-            for remove in (False, True)
-        ]),
-        ("Nearest neighbours", 0, lambda: [picture_neighbours(shown, images, queries=_SHOWN)]),
-    ]  # fmt: skip
+        ("PCA maps", 0, partial(_pca_maps, shown, few)),
+        ("Nearest neighbours", 0, partial(_neighbours, shown, images)),
+    ]
+    sixteen = dataclasses.replace(images, numbers=images.numbers[:_PREDICTED])
     for number, opened in enumerate(networks):
         suffix = f": {opened.name}" if len(networks) > 1 else ""
-
-        def named(picture: Picture, suffix: str = suffix) -> Picture:
-            return dataclasses.replace(picture, title=picture.title + suffix)
-
-        sixteen = dataclasses.replace(images, numbers=images.numbers[:16])
-        drawers += [
-            ("Attention", number,
-             lambda o=opened, n=named, i=sixteen: [n(picture_attention(o, i))]),
-            ("Predictor", number,
-             lambda o=opened, n=named, i=sixteen: [n(picture_predictor(o, i))]),
-        ]  # fmt: skip
+        of_each: dict[str, Callable[[Opened, Images], list[Picture]]] = {
+            "Attention": lambda of, looked: [picture_attention(of, looked)],
+            "Predictor": lambda of, looked: [picture_predictor(of, looked)],
+        }
         if number == 0 or opened.masks != networks[0].masks:
-            drawers.append(
-                ("Masks", number,
-                 lambda o=opened, n=named, i=sixteen: [n(p) for p in picture_masks(o, i)])
-            )  # fmt: skip
+            of_each["Masks"] = picture_masks
+        for section, draw in of_each.items():
+            drawers.append((section, number, partial(_named, draw, opened, sixteen, suffix)))
     return sorted(drawers, key=lambda drawer: drawer[0] == "Masks")
+
+
+def _pca_maps(networks: list[Opened], images: Images) -> list[Picture]:
+    return [
+        picture_pca(networks, images, basis="each", remove_position=remove)
+        for remove in (False, True)
+    ]
+
+
+def _neighbours(networks: list[Opened], images: Images) -> list[Picture]:
+    return [picture_neighbours(networks, images, queries=_SHOWN)]
+
+
+def _named(
+    draw: Callable[[Opened, Images], list[Picture]], opened: Opened, images: Images, suffix: str
+) -> list[Picture]:
+    """A run's pictures, their titles with the run's name where there are several."""
+    pictures = draw(opened, images)
+    return [dataclasses.replace(picture, title=picture.title + suffix) for picture in pictures]
 
 
 def _encoded(section: str, picture: Picture) -> PagePicture:
