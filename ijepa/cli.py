@@ -1,4 +1,5 @@
-"""The command line: `ijepa pretrain | embed | neighbours | eval | plan | doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | eval | report | visualize | plan |
+doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from ijepa import __version__
 from ijepa.config import Recipe
 from ijepa.downstream.commands import embed_command, eval_command, neighbours_command
+from ijepa.downstream.seeing.commands import report_command, visualize_command
 from ijepa.recipes import (
     check_known,
     check_setting,
@@ -36,6 +38,8 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
+  ijepa report RUN...                               one HTML file: curves, panel, probes, pictures
+  ijepa visualize masks|pca|attention|neighbours|predictor SOURCE   the pictures as PNG files
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
@@ -184,6 +188,8 @@ COMMANDS = {
     "embed": embed_command,
     "neighbours": neighbours_command,
     "eval": eval_command,
+    "report": report_command,
+    "visualize": visualize_command,
     "plan": plan_command,
     "doctor": doctor_command,
 }
