@@ -21,8 +21,6 @@ The first launch of a backward also zeroes the rows of dq, dk and dv after the l
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.attention.config import BackwardStep, backward_plan
@@ -39,6 +37,7 @@ from masked_vit_kernels.attention.tiles import (
     store_tile,
     stride_arguments,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,

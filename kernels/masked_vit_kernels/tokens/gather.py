@@ -16,10 +16,10 @@ Bytes moved a row of D elements: read and write once each, 2 * D * element size,
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from masked_vit_kernels.checks import check_same_device, check_shape
+from masked_vit_kernels.kernel_language import triton
 from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.tokens import cpu

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from masked_vit_kernels.checks import check_dtype, check_same_device, check_shape
+from masked_vit_kernels.kernel_language import triton
 from masked_vit_kernels.launch import runs_kernels, table_capability
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.tokens import cpu

@@ -22,8 +22,6 @@ an image, 8 * D, come from the cache for all of its rows but the first.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.checks import (
@@ -32,6 +30,7 @@ from masked_vit_kernels.checks import (
     check_same_device,
     check_shape,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
 from masked_vit_kernels.tokens import cpu
 from masked_vit_kernels.tokens.image_statistics import image_statistics
