@@ -57,6 +57,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "compile": {"launch"},
         "catalogue": {"attention", "tokens", "optimizer", "packing", "launch"},
         "audit": {"catalogue", "compile", "launch"},
+        "adapters": {"attention", "tokens", "packing", "checks"},
         # The oracle: whoever judges with it imports it, and it shares no code with what it judges.
         "reference": {"packing"},
         "selftest": {FACE, "attention", "tokens", "catalogue", "reference"},

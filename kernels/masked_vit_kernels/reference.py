@@ -89,14 +89,27 @@ def normalize_images(
     """uint8 pixels become x / 255; then (x - mean) / std per channel where those are given."""
     x = images.float() / 255.0 if images.dtype == torch.uint8 else _wide(images)
     if mean is not None:
-        x = x - torch.as_tensor(mean, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        x = x - torch.as_tensor(mean, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
     if std is not None:
-        x = x / torch.as_tensor(std, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        x = x / torch.as_tensor(std, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
     return x
 
 
-def extract_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, C, Hi, Wi) -> (B, N, C * ph * pw) patches in raster order, each in (C, ph, pw) order."""
+def extract_patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """(B, C, Hi, Wi) -> (B, N, C * ph * pw) patches in raster order, each in (C, ph, pw) order.
+
+    Clips (B, C, F, Hi, Wi) -> (B, N, C * pt * ph * pw) tubelets, frame by frame of patches.
+    """
+    if images.ndim == 5:
+        pt, ph, pw = patch_size
+        tubelets = [
+            clip[:, t : t + pt, y : y + ph, x : x + pw].reshape(-1)
+            for clip in images
+            for t in range(0, images.shape[2], pt)
+            for y in range(0, images.shape[3], ph)
+            for x in range(0, images.shape[4], pw)
+        ]
+        return torch.stack(tubelets).unflatten(0, (images.shape[0], -1))
     batch, channels, height, width = images.shape
     ph, pw = patch_size
     tiles = images.reshape(batch, channels, height // ph, ph, width // pw, pw)
@@ -122,7 +135,7 @@ def embed_visible_patches(
     pixels = normalize_images(images, mean, std)
     if dtype == torch.float64:
         pixels = pixels.double()
-    patches = extract_patches(pixels, (weight.shape[2], weight.shape[3]))
+    patches = extract_patches(pixels, weight.shape[2:])
     tokens = F.linear(patches, _wide(weight).flatten(1), None if bias is None else _wide(bias))
     if pos_embed is not None:
         tokens = tokens + _wide(pos_embed).reshape(1, -1, weight.shape[0])
@@ -141,10 +154,12 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v, sequence by sequence.
 
-    q (Tq, H, Dh), k and v (Tk, H, Dh) -> out (Tq, H, Dh) in q's dtype and the natural-log
-    LSE (H, Tq), -inf where there are no keys (the output is zero there) and on padding.
+    q (Tq, H, Dh), k and v (Tk, Hk, Dh), each head of which serves H / Hk heads of q in a row ->
+    out (Tq, H, Dh) in q's dtype and the natural-log LSE (H, Tq), -inf where there are no keys (the
+    output is zero there) and on padding.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outputs, lses = [], []
     for s in range(len(bounds_q) - 1):

@@ -133,9 +133,12 @@ class _Pixels:
     image_dtype: torch.dtype
     dtype: torch.dtype
     normalized: bool  # by mean and std, on the way
+    tubelet: int = 0  # frames of a patch, of clips of sixteen
 
     @property
     def images(self) -> Tensor:
+        if self.tubelet:
+            return meta(B, 3, 16, self.size, self.size, dtype=self.image_dtype)
         return meta(B, 3, self.size, self.size, dtype=self.image_dtype)
 
     @property
@@ -143,8 +146,9 @@ class _Pixels:
         return meta(3) if self.normalized else None
 
     @property
-    def patch_sides(self) -> tuple[int, int]:
-        return self.patch, self.patch
+    def patch_sides(self) -> tuple[int, ...]:
+        sides = self.patch, self.patch
+        return (self.tubelet, *sides) if self.tubelet else sides
 
     @property
     def narrow(self) -> bool:
@@ -201,6 +205,7 @@ def _patch_cases(capability: int) -> Iterator[Case]:
                         core and width == 768,
                     )  # fmt: skip
     yield from _other_patch_cases(capability)
+    yield from _clip_cases(capability)
 
 
 def _other_patch_cases(capability: int) -> Iterator[Case]:
@@ -230,6 +235,22 @@ def _other_patch_cases(capability: int) -> Iterator[Case]:
         pixels.fused_launch(PACKED, width, capability, with_bias=False), "reported",
         in_library=False,
     )  # fmt: skip
+
+
+def _clip_cases(capability: int) -> Iterator[Case]:
+    """Tubelets of two frames, audited only: bytes as a decoder gives them."""
+    for patch, width in ((16, 768), (14, 1280)):
+        pixels = _Pixels(224, patch, torch.uint8, BFLOAT16, normalized=True, tubelet=2)
+        keys = pixels.keys(PACKED) | {"tubelet": 2}
+        yield _one(
+            "patch_rows", keys, pixels.rows_launch(PACKED),
+            "narrow_pixels" if pixels.narrow else "pixels", core=patch == 16, in_library=False,
+        )  # fmt: skip
+        yield _one(
+            "embed_visible_patches", keys | {"width": width},
+            pixels.fused_launch(PACKED, width, capability),
+            "narrow_pixels_matmul" if pixels.narrow else "matmul", in_library=False,
+        )  # fmt: skip
 
 
 def _position_cases() -> Iterator[Case]:

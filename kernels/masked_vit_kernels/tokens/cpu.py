@@ -104,11 +104,11 @@ def embed_visible_patches(
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """See `masked_vit_kernels.embed_visible_patches`."""
-    width, channels, ph, pw = weight.shape
+    width, channels, *patch = weight.shape
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
-    patches = extract_patches(images, (ph, pw))  # still in the images' dtype
+    patches = extract_patches(images, patch)  # still in the images' dtype
     if indices is not None:
         patches = gather_tokens(patches, indices, packing)
     patches = _normalize_patches(patches, channels, mean, std).to(dtype)
