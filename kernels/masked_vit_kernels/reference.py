@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masked_vit_kernels.packing import Packing, PredictorPacking
+from masked_vit_kernels.packing import Packing, PredictorPacking, PrefixPacking
 
 # F.layer_norm's default, used by the released code on the targets; of instance norm here too.
 TARGET_LAYER_NORM_EPS = 1e-5
@@ -81,6 +81,28 @@ def scatter_tokens(
             for b, (start, end) in enumerate(pairwise(bounds))
         ]
     )
+
+
+def prepend_tokens(x: Tensor, prefix: Tensor, packing: PrefixPacking) -> Tensor:
+    """P tokens of `prefix` (P, D), (1, P, D) or (S, P, D) before each sequence of x (T, D)."""
+    count, parts, first = packing.num_prefix_tokens, [], 0
+    spread = prefix.to(x.dtype).expand(packing.num_sequences, count, x.shape[1])
+    for s, (start, end) in enumerate(pairwise(packing.cu_seqlens.tolist())):
+        length = end - start - count
+        parts += [spread[s], x[first : first + length]]
+        first += length
+    padding = packing.capacity - int(packing.cu_seqlens[-1])
+    return torch.cat([*parts, x.new_zeros(padding, x.shape[1])])
+
+
+def split_prefix(x: Tensor, packing: PrefixPacking) -> tuple[Tensor, Tensor]:
+    """The inverse: prefix (S, P, D) and tokens (T, D)."""
+    count, bounds = packing.num_prefix_tokens, list(pairwise(packing.cu_seqlens.tolist()))
+    tokens = [x[start + count : end] for start, end in bounds]
+    capacity = packing.token_rows.shape[0]
+    padding = capacity - sum(len(part) for part in tokens)
+    prefix = torch.stack([x[start : start + count] for start, _ in bounds])
+    return prefix, torch.cat([*tokens, x.new_zeros(padding, x.shape[1])])
 
 
 def normalize_images(
@@ -230,10 +252,21 @@ def latent_prediction_loss(
     targets = features[target_rows[valid]]
     if target_norm == "layer":
         targets = F.layer_norm(targets, (width,), eps=TARGET_LAYER_NORM_EPS)
-    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    total = distance(_wide(predictions)[valid], targets, reduction="sum")
+    difference = _wide(predictions)[valid] - targets
+    if kind == "smooth_l1":
+        size = difference.abs()
+        distances = torch.where(size < 1, size.square() / 2, size - 0.5)
+    elif kind == "l2":
+        distances = difference.square()
+    elif kind == "l1":
+        distances = difference.abs()
+    else:  # one a row
+        lengths = [x.norm(dim=1).clamp(min=1e-8) for x in (_wide(predictions)[valid], targets)]
+        dots = (_wide(predictions)[valid] * targets).sum(1)
+        distances = 1 - dots / (lengths[0] * lengths[1])
+    total = distances.sum()
     if denominator is None:
-        denominator = (valid.sum() * width).clamp(min=1)
+        denominator = max(distances.numel(), 1)
     return total / denominator
 
 

@@ -6,6 +6,7 @@ core.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from masked_vit_kernels.tokens.rows import RowIndex
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ROW_DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
 CORE_WIDTH = 1280
+LIBRARY_LOSSES = ("smooth_l1", "l2")  # kinds that the C library has
 
 # How rows find their image and token (`rows.py`): the values of the key `layout`.
 EVERY_TOKEN, DENSE, PACKED = "every_token", "dense", "packed"
@@ -307,7 +309,7 @@ def _loss_cases() -> Iterator[Case]:
     for dtype in ROW_DTYPES:
         for feature_dtype in _with_float32(dtype):
             for width in ENCODER_WIDTHS:
-                for kind in prediction_loss.KINDS:
+                for kind in LIBRARY_LOSSES:
                     keys: Keys = {
                         "dtype": dtype, "feature_dtype": feature_dtype, "width": width,
                         "kind": kind,
@@ -324,6 +326,7 @@ def _loss_cases() -> Iterator[Case]:
                     yield _one("prediction_loss_backward", keys, launch, "streaming", core)
     yield from _loss_finish_cases(pair)
     yield from _other_norm_cases(ids, vector, pair)
+    yield from _other_kind_cases(ids, vector, pair)
 
 
 def _other_norm_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Case]:
@@ -351,6 +354,24 @@ def _other_norm_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Cas
             yield _one(
                 "prediction_loss_backward", keys, launch, "streaming", core, in_library=False
             )
+
+
+def _other_kind_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Case]:
+    """Distances that the C library does not have, audited at one width."""
+    width, cosines = CORE_WIDTH, meta(2, R)
+    for dtype, kind in itertools.product(ROW_DTYPES, ("l1", "cosine")):
+        x = meta(R, width, dtype=dtype)
+        rows = cosines if kind == "cosine" else None
+        keys: Keys = {"dtype": dtype, "width": width, "kind": kind}
+        core = dtype == BFLOAT16 and kind == "cosine"
+        launch = prediction_loss.loss_forward_launch(
+            x, x, ids, vector, vector, meta(2, 2048), kind, cosines=rows
+        )
+        yield _one("prediction_loss", keys, launch, "streaming", core, in_library=False)
+        launch = prediction_loss.loss_backward_launch(
+            meta(), pair, x, x, ids, vector, vector, x, kind, cosines=rows
+        )
+        yield _one("prediction_loss_backward", keys, launch, "streaming", core, in_library=False)
 
 
 def _loss_finish_cases(out: Tensor) -> Iterator[Case]:
