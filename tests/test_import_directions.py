@@ -79,7 +79,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "visualize": {"masks"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
-        "evaluate": {"config", "counter_rng", "data", "model", "vit"},
+        "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
         "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
         "train": {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
