@@ -1,4 +1,4 @@
-"""The command line: `ijepa pretrain | embed | neighbours | eval | plan | doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | eval | convert | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from rich.console import Console
 
 from ijepa import __version__
 from ijepa.config import Recipe
-from ijepa.downstream.commands import embed_command, eval_command, neighbours_command
+from ijepa.downstream.commands import (
+    convert_command,
+    embed_command,
+    eval_command,
+    neighbours_command,
+)
 from ijepa.recipes import (
     check_known,
     check_setting,
@@ -32,6 +37,7 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
+  ijepa convert SOURCE OUT --to transformers        or timm, released, safetensors, onnx
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
@@ -166,6 +172,7 @@ COMMANDS = {
     "embed": embed_command,
     "neighbours": neighbours_command,
     "eval": eval_command,
+    "convert": convert_command,
     "plan": plan_command,
     "doctor": doctor_command,
 }

@@ -85,7 +85,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
             "model", "visualize", "cost", "evaluate", "report",
         },
-        "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
+        "interop": {"config", "recipes", "disk", "data", "vit", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
             "positions", "evaluate", "report", "train", "interop", "visualize",
