@@ -71,27 +71,35 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "disk": set(),
         "printable": set(),
         "versions": set(),
+        "machine": set(),
         "recipes": {"config"},
         "masks": {"config", "counter_rng"},
         "data": {"counter_rng", "disk", "printable"},
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
-        "visualize": {"masks"},
+        "visualize": {"counter_rng", "masks", "printable"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
         "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
         "train": {
-            "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
-            "model", "visualize", "cost", "evaluate", "report",
+            "config", "recipes", "counter_rng", "disk", "versions", "machine", "masks", "data",
+            "vit", "model", "visualize", "cost", "evaluate", "report",
+        },
+        "propose": {
+            "config", "recipes", "counter_rng", "disk", "printable", "masks", "data", "cost",
+            "report", "train",
         },
         "interop": {"config", "recipes", "disk", "data", "vit", "model", "evaluate", "train"},
         "downstream": {
-            "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
-            "positions", "evaluate", "report", "train", "interop", "visualize",
+            "config", "recipes", "counter_rng", "disk", "printable", "versions", "machine",
+            "masks", "data", "vit", "model", "positions", "evaluate", "report", "train", "interop",
+            "visualize",
         },
-        "doctor": {"versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
+        "doctor": {"machine", "versions"},
+        "cli": {
+            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "doctor",
+        },
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.

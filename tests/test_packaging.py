@@ -16,11 +16,11 @@ BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sy
 
 
 def modules(package: Path) -> set[str]:
-    """Every module and recipe below a package folder, as a wheel would name it."""
+    """Every file below a package folder that is installed, as a wheel would name it."""
     return {
         str(path.relative_to(package.parent))
         for path in package.rglob("*")
-        if (path.suffix in (".py", ".toml") or path.name == "py.typed")
+        if (path.suffix in (".py", ".toml", ".css", ".js") or path.name == "py.typed")
         and "__pycache__" not in path.parts
     }
 
