@@ -74,7 +74,8 @@ def test_all_three_networks_come_back(released, tmp_path):
 
 
 def test_a_run_is_converted(tmp_path, capsys):
-    run = pretrain(small_recipe(tmp_path, train={"steps": 2})).folder
+    sizes = {"model__predictor_width": 16, "model__predictor_heads": 2}  # heads are alike there
+    run = pretrain(small_recipe(tmp_path / "run", train__steps=2, **sizes)).folder
     encoder = load_pretrained(run)
     for form in ("released", "transformers", "safetensors"):
         out = tmp_path / f"out-{form}{SUFFIX.get(form, '')}"

@@ -8,7 +8,6 @@ normalised inside. The batch is any, the size is that of the training.
 from __future__ import annotations
 
 import importlib.util
-import io
 from pathlib import Path
 
 import torch
@@ -90,6 +89,4 @@ def write_onnx(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> Non
     )  # fmt: skip
     assert exported is not None
     with written_aside(path) as aside:
-        content = io.BytesIO()
-        exported.save(content)
-        aside.write_bytes(content.getvalue())
+        exported.save(aside, external_data=False)
