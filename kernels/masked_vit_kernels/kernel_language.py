@@ -48,12 +48,11 @@ class AbsentModule:
         return self._name
 
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
-    triton, tl = AbsentModule("triton"), AbsentModule("triton.language")
+    triton = AbsentModule("triton")  # type: ignore[assignment]
+    tl = AbsentModule("triton.language")  # type: ignore[assignment]
