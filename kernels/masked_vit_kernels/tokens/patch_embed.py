@@ -60,7 +60,7 @@ def patch_rows(
     """images -> normalised pixels (R, K') of the patches that a `RowIndex` names."""
     index = RowIndex(indices, sequence_ids, rows_per_image, sequences_per_image)
     out = _empty_patch_rows(images, indices, rows_per_image, patch, dtype)
-    patch_rows_launch(images, mean, std, index, tuple(patch), out).run()
+    patch_rows_launch(images, mean, std, index, patch, out).run()
     return out
 
 
@@ -202,7 +202,7 @@ def fused_patch_embed(
     index = RowIndex(indices, sequence_ids, rows_per_image, sequences_per_image)
     out = _empty_tokens(images, weight, indices, rows_per_image)
     fused_patch_embed_launch(
-        images, mean, std, weight.contiguous(), bias, position, index, tuple(patch), out,
+        images, mean, std, weight.contiguous(), bias, position, index, patch, out,
         table_capability(images.device),
     ).run()  # fmt: skip
     return out

@@ -11,6 +11,7 @@ A clip (B, C, F, Hi, Wi) is an image with a time axis, its patches are tubelets 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from masked_vit_kernels.tokens.rows import (
     tile_rows,
 )
 
-Patch = tuple[int, ...]  # (ph, pw), or (pt, ph, pw) of clips
+Patch = Sequence[int]  # (ph, pw), or (pt, ph, pw) of clips
 
 IMAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
