@@ -15,7 +15,7 @@ def clips(count: int, frames: int, size: int, generator: torch.Generator) -> Ten
         return torch.rand(count, *shape, generator=generator)
 
     axis = torch.linspace(0, 1, size)
-    angle = (2 * math.pi * uniform(1, 1, 1)) + torch.zeros(1, 1, 1)
+    angle = 2 * math.pi * uniform(1, 1)
     slope = angle.cos() * axis[None, :, None] + angle.sin() * axis  # (count, size, size)
     picture = (uniform(3, 1, 1, 1) - 0.5) * 2 + 0.7 * slope[:, None, None]
     picture = picture.expand(count, 3, frames, size, size).clone()

@@ -262,7 +262,7 @@ def test_opcheck():
     opcheck(patch_embed.add_position, (rows, bias, position, *index, 6))
     opcheck(
         patch_embed.fused_patch_embed,
-        (images, *statistics, weight, bias, position, *index, 4, 4),
+        (images, *statistics, weight, bias, position, *index, [4, 4]),
     )
 
 
