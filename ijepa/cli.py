@@ -1,5 +1,5 @@
-"""The command line: `ijepa pretrain | embed | neighbours | eval | report | visualize | plan |
-doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | eval | convert | report | visualize |
+plan | doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from rich.console import Console
 
 from ijepa import __version__
 from ijepa.config import Recipe
-from ijepa.downstream.commands import embed_command, eval_command, neighbours_command
+from ijepa.downstream.commands import (
+    convert_command,
+    embed_command,
+    eval_command,
+    neighbours_command,
+)
 from ijepa.downstream.seeing.commands import report_command, visualize_command
 from ijepa.recipes import (
     check_known,
@@ -38,6 +43,7 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
+  ijepa convert SOURCE OUT --to transformers        or timm, released, safetensors, onnx
   ijepa report RUN...                               one HTML file: curves, panel, probes, pictures
   ijepa visualize masks|pca|attention|neighbours|predictor SOURCE   the pictures as PNG files
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
@@ -188,6 +194,7 @@ COMMANDS = {
     "embed": embed_command,
     "neighbours": neighbours_command,
     "eval": eval_command,
+    "convert": convert_command,
     "report": report_command,
     "visualize": visualize_command,
     "plan": plan_command,
