@@ -91,7 +91,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "visualize",
         },
         "doctor": {"machine", "versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
+        "ablate": {"config", "recipes", "disk", "report", "train"},
+        "cli": {
+            FACE, "config", "recipes", "cost", "report", "train", "downstream", "ablate", "doctor",
+        },
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.

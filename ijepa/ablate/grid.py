@@ -26,11 +26,7 @@ def grid_comparison(given: list[str]) -> Comparison:
         raise ValueError("a sweep needs at least one --vary table.key=value,value")
     axes: dict[str, list[Any]] = {}
     for text in given:
-        key, equals, values = text.partition("=")
-        key = key.strip().removeprefix("--").replace("-", "_")
-        if not equals or not values.strip():
-            raise ValueError(f"{text!r} names no values: write {key or 'table.key'}=value,value")
-        check_setting(key)
+        key, values = _split(text)
         if key in axes:
             raise ValueError(f"{key} is given twice")
         axes[key] = [_value(part) for part in _parts(values)]
@@ -45,6 +41,25 @@ def grid_comparison(given: list[str]) -> Comparison:
         name = ", ".join(f"{key.partition('.')[2]} {_spoken(v)}" for key, v in settings.items())
         variants.append(Variant(name, settings))
     return Comparison("sweep", ", ".join(axes), tuple(variants))
+
+
+def setting_and_value(text: str) -> tuple[str, Any]:
+    """ "train.steps=500" -> ("train.steps", 500).
+
+    Raises:
+        ValueError: an unknown setting, or no value.
+    """
+    key, value = _split(text)
+    return key, _value(value)
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    key = key.strip().removeprefix("--").replace("-", "_")
+    if not equals or not value.strip():
+        raise ValueError(f"{text!r} names no value: write {key or 'table.key'}=value")
+    check_setting(key)
+    return key, value.strip()
 
 
 def _parts(text: str) -> list[str]:

@@ -26,9 +26,9 @@ from ijepa.ablate.tables import Comparison, Variant
 from ijepa.config import Recipe
 from ijepa.recipes import implied_settings, recipe_from_dict, recipe_to_dict, with_settings
 from ijepa.report.probes import FILE_NAME as PROBES
-from ijepa.train.checkpoint import holds_checkpoint
+from ijepa.train.checkpoint import find_checkpoint, holds_checkpoint, read_metadata
 from ijepa.train.pretrain import pretrain
-from ijepa.train.resume import check_resumable, load_to_resume
+from ijepa.train.resume import RESUMABLE, by_name, load_to_resume
 
 LOG = "log.txt"
 
@@ -93,18 +93,27 @@ def plan_runs(
     return planned
 
 
-def do_runs(planned: Sequence[PlannedRun], processes: int, console: Console) -> list[str]:
+def do_runs(
+    planned: Sequence[PlannedRun], processes: int, console: Console, limit: int | None = None
+) -> list[str]:
     """Do what is not over yet, `processes` at a time, each on its share of the cores.
+
+    Args:
+        limit: runs to do now, at most.
 
     Returns:
         What failed, as "name: reason"; the others are done all the same.
 
     Raises:
+        ValueError: a folder holds a run of other settings.
         KeyboardInterrupt: a signal stopped a run, which has saved.
     """
+    for run in planned:
+        _check_same(run)
     left = [run for run in planned if not run.over]
     if len(left) < len(planned):
         console.print(f"{len(planned) - len(left)} of {len(planned)} runs are over already")
+    left = left[:limit]
     threads = max((os.cpu_count() or 1) // processes, 1)
     failed: list[str] = []
     for done, (run, error) in enumerate(_results(left, processes, threads), start=1):
@@ -116,6 +125,20 @@ def do_runs(planned: Sequence[PlannedRun], processes: int, console: Console) -> 
         if outcome == "stopped":  # by a signal, which means all of them
             raise KeyboardInterrupt
     return failed
+
+
+def _check_same(run: PlannedRun) -> None:
+    """Raise ValueError where the folder holds a run of other settings."""
+    if not holds_checkpoint(run.folder):
+        return
+    metadata = read_metadata(find_checkpoint(run.folder))
+    saved = by_name(recipe_from_dict(metadata["config"], str(run.folder)))
+    for key, value in by_name(run.recipe.in_steps(metadata["data"]["images"])).items():
+        if value != saved[key] and (key not in RESUMABLE or key == "train.steps"):
+            raise ValueError(
+                f"{run.folder} holds a run with {key} {saved[key]}, not {value}: choose another "
+                "--out, or give the settings of before"
+            )
 
 
 def _results(
@@ -154,8 +177,6 @@ def _one_run(settings: dict[str, Any], folder: str, threads: int | None) -> str 
         console = Console(file=log, width=120)
         try:
             checkpoint = load_to_resume(path) if holds_checkpoint(path) else None
-            if checkpoint is not None:
-                check_resumable(checkpoint, recipe)
             pretrain(recipe, checkpoint=checkpoint, console=console)
         except (ValueError, OSError, RuntimeError) as error:
             console.print(f"{type(error).__name__}: {error}", markup=False)
