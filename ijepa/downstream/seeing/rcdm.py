@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def _sample(
             found.append(
                 diffusion.sample(
                     decoder, part, shape, generator, options.steps,
-                    after_step=lambda size=len(part): counting.advance(size),
+                    after_step=partial(counting.advance, len(part)),
                 )
             )  # fmt: skip
     return torch.cat(found)
