@@ -1,4 +1,6 @@
-"""The decoder: conditioned, trained, resumed bit by bit, sampled, and refused where it is damaged."""
+"""The decoder: conditioned, trained, resumed bit by bit, sampled, refused where it is damaged."""
+
+import sys
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def batches(count, seed=5):
 
 
 def test_without_diffusers_the_command_says_what_is_missing(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(PRESETS, "tiny", Preset(16, 32, (1, 1), (), 1, 32))
     assert cli.main(["visualize", "rcdm", "train", run, "--out", str(tmp_path / "d")]) == 1
     assert "pip install 'ijepa[rcdm]'" in capsys.readouterr().err

@@ -16,7 +16,7 @@ def diffusion():
 
 
 def test_noising_step_by_step_gives_the_marginal(diffusion):
-    """x_t of the closed form has the mean and variance of t steps of x_t = sqrt(a) x + sqrt(b) e."""
+    """x_t of the closed form has the mean and variance of t steps of noising."""
     scale, variance = 1.0, 0.0
     for step in range(STEPS):
         beta = diffusion.betas[step].item()
