@@ -84,6 +84,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "config", "recipes", "counter_rng", "disk", "versions", "machine", "masks", "data",
             "vit", "model", "visualize", "cost", "evaluate", "report",
         },
+        "propose": {
+            "config", "recipes", "counter_rng", "disk", "printable", "masks", "data", "cost",
+            "report", "train",
+        },
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "printable", "versions", "machine",
@@ -93,7 +97,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "doctor": {"machine", "versions"},
         "ablate": {"config", "recipes", "disk", "report", "train"},
         "cli": {
-            FACE, "config", "recipes", "cost", "report", "train", "downstream", "ablate", "doctor",
+            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "ablate",
+            "doctor",
         },
     },
 }  # fmt: skip

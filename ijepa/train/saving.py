@@ -176,6 +176,11 @@ def restore(
     Raises:
         CheckpointError: it is of other data, other networks, or a step beyond the last.
     """
+    if "trainer" not in checkpoint.state:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights alone, those that scored best: they can be used, and "
+            f"the run goes on from {checkpoint.path.parent.parent}"
+        )
     _check_data(checkpoint, data_id)
     try:
         model.load_state_dict(checkpoint.weights)

@@ -146,5 +146,5 @@ def test_a_full_disk_costs_the_best_alone(tmp_path, monkeypatch):
 def test_what_is_best_cannot_be_trained_on(tmp_path):
     pretrain(small_recipe(tmp_path / "run", train__steps=2, monitor__every=2))
     kept = load_checkpoint(tmp_path / "run" / "checkpoints" / BEST)
-    with pytest.raises(ValueError, match="does not fit this run"):
+    with pytest.raises(ValueError, match="holds weights alone, those that scored best"):
         pretrain(small_recipe(tmp_path / "run", train__steps=2, monitor__every=2), checkpoint=kept)
