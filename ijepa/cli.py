@@ -40,7 +40,8 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
   ijepa report RUN...                               one HTML file: curves, panel, probes, pictures
-  ijepa visualize masks|pca|attention|neighbours|predictor SOURCE   the pictures as PNG files
+  ijepa visualize WHAT SOURCE                       masks, pca, attention, neighbours, predictor,
+                                                    rcdm: pictures as PNG files
   ijepa ablate TABLE                                the paper's Tables 6 to 14 on small runs
   ijepa sweep RECIPE --vary table.key=value,value   a grid of your own
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
