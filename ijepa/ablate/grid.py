@@ -26,10 +26,10 @@ def grid_comparison(given: list[str]) -> Comparison:
         raise ValueError("a sweep needs at least one --vary table.key=value,value")
     axes: dict[str, list[Any]] = {}
     for text in given:
-        key, values = _split(text)
+        key, written = _split(text)
         if key in axes:
             raise ValueError(f"{key} is given twice")
-        axes[key] = [_value(part) for part in _parts(values)]
+        axes[key] = [_value(part) for part in _parts(written)]
     count = 1
     for values in axes.values():
         count *= len(values)

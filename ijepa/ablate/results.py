@@ -93,7 +93,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     lines = [header]
     for row in rows:
         figures = [_percent(row.scores[name]) for name in _ROWS]
-        paper = [] if not papers else [f"{row.variant.paper:.1f}"]
+        value = row.variant.paper
+        paper = [] if not papers else ["" if value is None else f"{value:.1f}"]
         lines.append([row.variant.name, *figures, str(len(row.seeds)), *paper])
     return lines
 
@@ -112,7 +113,9 @@ def carries_over(rows: Sequence[Row]) -> list[str]:
     Two rows differ where their means are more than two standard errors of the difference apart;
     with fewer than two seeds nothing can be said.
     """
-    same, reversed_, open_ = [], [], []
+    same: list[str] = []
+    reversed_: list[str] = []
+    open_: list[str] = []
     for first, second in itertools.combinations(rows, 2):
         paper_first, paper_second = first.variant.paper, second.variant.paper
         if paper_first is None or paper_second is None:

@@ -7,12 +7,12 @@ import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from PIL import Image
 from torch import Tensor
 
 from ijepa.config import Recipe
@@ -133,9 +133,10 @@ def sample_decoder(options: RcdmSampleOptions) -> None:
     rows: list[list[np.ndarray | None]] = []
     for number in range(len(pixels)):
         shown = [_resized(pixels[number : number + 1], decoder)[0]]
-        row: list[np.ndarray | None] = [as_rgb(shown[0].numpy())]
+        image = as_rgb(shown[0].numpy())
+        row: list[np.ndarray | None] = [image]
         if about["representation"] == "predictor":
-            row.append(_context(row[0], masks, number))
+            row.append(_context(image, masks, number))
         mine = samples[number * options.samples : (number + 1) * options.samples]
         rows.append([*row, *(as_rgb(sample.numpy()) for sample in mine)])
     second = ["context, block"] if about["representation"] == "predictor" else []
@@ -264,17 +265,16 @@ def _score(
             )
 
 
-def _context(image: Any, masks: MaskBatch, number: int) -> np.ndarray:
+def _context(image: np.ndarray, masks: MaskBatch, number: int) -> np.ndarray:
     """The image under its context, its first target block framed."""
     seen, block = (np.zeros(masks.grid, dtype=bool) for _ in range(2))
     seen.flat[masks.context_of(number).numpy()] = True
     block.flat[masks.targets_of(number)[0].numpy()] = True
-    zoom = max(96 // image.shape[0], 1)
-    large = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    rows, columns = (-(-large.shape[axis] // masks.grid[axis]) for axis in (0, 1))
-    sized = np.asarray(large)[: rows * masks.grid[0], : columns * masks.grid[1]]
-    veiled = np.where(enlarged(seen, sized.shape[:2])[..., None], sized, 232).astype(np.uint8)
-    return framed(veiled, block, PALETTE[0], max(zoom, 2))
+    cell = max(96 // max(masks.grid), 2)  # whole pixels for a patch
+    size = (cell * masks.grid[1], cell * masks.grid[0])
+    large = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.NEAREST))
+    veiled = np.where(enlarged(seen, large.shape[:2])[..., None], large, 232).astype(np.uint8)
+    return framed(veiled, block, PALETTE[0], 3)
 
 
 def _resized(images: Tensor, decoder: Decoder) -> Tensor:

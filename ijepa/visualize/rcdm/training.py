@@ -182,8 +182,10 @@ def load_decoder(folder: Path) -> tuple[Decoder, dict[str, Any]]:
         ModuleNotFoundError: diffusers is not installed.
     """
     described, tensors = _read(folder)
-    sizes = described["preset"]
-    preset = Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+    sizes: dict[str, Any] = described["preset"]
+    for name in ("multipliers", "attention"):
+        sizes[name] = tuple(sizes[name])
+    preset = Preset(**sizes)
     decoder = Decoder(preset, int(described["width"]), int(described["channels"]))
     state = _part(tensors, "decoder.") | _part(tensors, "average.")
     try:
