@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from ijepa.config import Recipe
