@@ -26,7 +26,7 @@ PACKAGES = {
             "masked_vit_kernels", "torch", "triton", "numpy", "PIL", "simplejpeg", "safetensors",
             "tyro", "rich",
             # extras, each imported where it is used
-            "sklearn", "matplotlib", "tensorboard", "timm", "transformers",
+            "sklearn", "matplotlib", "tensorboard", "timm", "transformers", "diffusers",
         },
     ),
     "bench": (
@@ -77,7 +77,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "data": {"counter_rng", "disk", "printable"},
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
-        "visualize": {"counter_rng", "masks", "printable"},
+        "visualize": {"counter_rng", "disk", "masks", "printable"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
@@ -97,8 +97,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "visualize",
         },
         "doctor": {"machine", "versions"},
+        "ablate": {"config", "recipes", "disk", "report", "train"},
         "cli": {
-            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "doctor",
+            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "ablate",
+            "doctor",
         },
     },
 }  # fmt: skip
