@@ -176,8 +176,10 @@ def programs_of(launch: KernelLaunch, length: int) -> int:
     """Programs a head that one sequence of this length needs from the launch."""
     arguments = launch.arguments
     kind = arguments.get("KIND")
+    if kind is not None and not arguments["keys_over"] < length <= arguments["keys_up_to"]:
+        return 0
     if kind in ("resident", "two_phase"):
-        return int(arguments["keys_over"] < length <= arguments["keys_up_to"])
+        return 1
     return -(-length // arguments["BLOCK_K" if kind == "flash_keys" else "BLOCK_Q"])
 
 

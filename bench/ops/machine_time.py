@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import heapq
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from masked_vit_kernels.audit import Instruction
 
-from bench.ops.machine_flow import WorkingCode
+from bench.ops.machine_flow import PRODUCT, Loop, WorkingCode
 
 NONE = 7  # the scoreboard that is none
 
@@ -132,40 +133,57 @@ def controls(sass: str) -> dict[int, int]:
     return found
 
 
-def trace(code: WorkingCode, steps: dict[int, Step], trips) -> list[Step]:
-    """The steps of one warp: loops unrolled, `trips(level, depth)` times each."""
+def trace(
+    code: WorkingCode, steps: dict[int, Step], trips: Callable[[int, int], int]
+) -> list[Step]:
+    """The steps of one warp: loops unrolled, `trips(level, depth)` times each.
 
-    def depth_within(first, last):
-        inner = [loop for loop in code.loops if first <= loop[0] and loop[1] <= last]
-        return max(code.depth_of(a) for a, _ in inner)
+    What an innermost loop can skip without missing a product runs in its last round alone: the mask
+    of a sequence's last keys.
+    """
+    skipped = _skipped(code)
 
-    def walk(body: list[Instruction], level: int) -> list[Step]:
+    def walk(body: list[Instruction], within: Loop | None, level: int) -> list[Step]:
         played: list[Step] = []
         end = -1
         for address, _, _ in body:
             if address <= end:
                 continue
-            lasts = [b for a, b in code.loops if a == address and sum(
-                x <= a and b <= y for x, y in code.loops) == level + 1]
-            if not lasts:
+            loop = max(
+                (other for other in code.loops if other[0] == address and other != within
+                 and (within is None or other[1] < within[1])),
+                key=lambda other: other[1], default=None,
+            )  # fmt: skip
+            if loop is None:
                 played.append(steps[address])
                 continue
-            end = max(lasts)
-            inside = [other for other in body if address <= other[0] <= end]
-            times = trips(level, depth_within(address, end))
-            played += walk_inner(inside, level + 1) * times
+            end = loop[1]
+            inside = [other for other in body if loop[0] <= other[0] <= loop[1]]
+            inner = [other for other in code.loops if loop[0] <= other[0] and other[1] <= loop[1]]
+            times = trips(level, max(code.depth_of(first) for first, _ in inner))
+            if len(inner) == 1:
+                always = [other for other in inside if other[0] not in skipped]
+                played += walk(always, loop, level + 1) * (times - 1)
+                played += walk(inside, loop, level + 1) * (times > 0)
+            else:
+                played += walk(inside, loop, level + 1) * times
         return played
 
-    def walk_inner(body, level):
-        # the head of this loop must not be taken for the start of the loop again
-        first = body[0][0]
-        again = [b for a, b in code.loops if a == first and sum(
-            x <= a and b <= y for x, y in code.loops) == level + 1]
-        if again:
-            return walk(body, level)
-        return [steps[first], *walk(body[1:], level)]
+    return walk(code.instructions, None, 0)
 
-    return walk(code.instructions, 0)
+
+def _skipped(code: WorkingCode) -> set[int]:
+    """Addresses that a branch forward within a loop leaves out, where no product is among them."""
+    left_out: set[int] = set()
+    for address, opcode, operands in code.instructions:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if not opcode.startswith("BRA") or not target or not code.depth_of(address):
+            continue
+        between = [i for i in code.instructions if address < i[0] < int(target.group(1), 16)]
+        same_loop = all(code.depth_of(i[0]) == code.depth_of(address) for i in between)
+        if same_loop and not any(PRODUCT.match(opcode) for _, opcode, _ in between):
+            left_out.update(i[0] for i in between)
+    return left_out
 
 
 class _Warp:
