@@ -49,6 +49,7 @@ class Machine:
     exponential: float = 8  # a warp's, of a quarter of the 16 lanes
     exponential_latency: float = 20
     shared_latency: float = 26
+    local_latency: float = 40
 
 
 HOPPER = Machine()
@@ -107,6 +108,8 @@ def step_of(opcode: str, operands: str, control: int, machine: Machine) -> Step:
         matrix = re.search(r"M88\.([24])", opcode)
         wide = int(matrix.group(1)) if matrix else wide
         return replace(step, pipe="shared", cycles=4 * wide, latency=machine.shared_latency)
+    if opcode.startswith(("LDL", "STL")):
+        return replace(step, pipe="shared", cycles=4 * wide, latency=machine.local_latency)
     if opcode.startswith("SHFL"):
         return replace(step, pipe="shared", cycles=4, latency=machine.shared_latency)
     if opcode.startswith("BAR"):
