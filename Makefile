@@ -40,7 +40,7 @@ library: $(VENV)/installed-test
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/mypy kernels/masked_vit_kernels kernels/aot/generate
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ Written by `bench/report.py` from the files in `bench/results`. Every figure nam
 """
 
 
-def load(results: Path, pattern: str) -> Iterator[tuple[str, object]]:
+def load(results: Path, pattern: str) -> Iterator[tuple[str, Any]]:
     """(file stem, JSON) of every matching file."""
     for path in sorted(results.glob(pattern)):
         yield path.stem, json.loads(path.read_text())

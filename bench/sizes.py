@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class Shape:
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def masks(self, batching: str = "packed") -> MaskBatch:
+    def masks(self, batching: Literal["packed", "truncate"] = "packed") -> MaskBatch:
         """One batch of masks, the same in every run."""
         sampler = MultiBlockSampler(self.grid, batching=batching)
         return sampler(keys=derive_keys(0, np.arange(self.batch)))

@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / statistics.median(seconds)
 
 
-def backward_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+def backward_of(
+    function: Callable[..., Tensor], inputs: list[Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
     """A provider's callable for the gradients of `function(*inputs)` alone.
 
     The upstream gradient is random, since a constant one can cancel, and the same for every
@@ -105,7 +108,7 @@ def compare(
         for name, functions in calls.items():
             graph = None
             if stream and name not in uncapturable:
-                graph = _capture(functions * repeats, stream)
+                graph = graph_of(functions * repeats, stream)
             captured[name] = [graph.replay] if graph else functions
             if stream and graph is None:
                 eager.add(name)
@@ -146,7 +149,7 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[round(share * (len(values) - 1))]
 
 
-def _error(found: object, expected: object) -> float:
+def _error(found: Any, expected: Any) -> float:
     """The largest difference, relative to the largest value of each tensor.
 
     Several tensors where one is expected are the parts along its dimension 1 (q, k, v of qkv).
@@ -162,7 +165,7 @@ def _error(found: object, expected: object) -> float:
     return largest
 
 
-def _capture(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+def graph_of(functions: list[Callable], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
     """All functions as one CUDA graph, or None where they cannot be captured."""
     for _ in range(3):
         for function in functions:

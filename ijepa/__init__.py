@@ -15,6 +15,7 @@ _MODULES = {
     "Trainer": "train.trainer",
     "StepResult": "train.trainer",
     "load_official": "interop",
+    "load_pretrained": "interop",
     "load_run": "interop",
     "load_recipe": "recipes",
     "Recipe": "config",

@@ -1,4 +1,4 @@
-"""The command line: `ijepa pretrain | plan | doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ijepa import __version__
 from ijepa.config import Recipe
+from ijepa.downstream.commands import embed_command, neighbours_command
 from ijepa.recipes import (
     check_known,
     check_setting,
@@ -27,6 +28,8 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa pretrain [RECIPE] [--table.key VALUE ...]   train; RECIPE is a name or a TOML file
   ijepa pretrain [RECIPE] --help                    all settings with their values there
   ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
+  ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
+  ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
@@ -147,7 +150,13 @@ def doctor_command(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"pretrain": pretrain_command, "plan": plan_command, "doctor": doctor_command}
+COMMANDS = {
+    "pretrain": pretrain_command,
+    "embed": embed_command,
+    "neighbours": neighbours_command,
+    "plan": plan_command,
+    "doctor": doctor_command,
+}
 
 
 def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):

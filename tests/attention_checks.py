@@ -52,7 +52,7 @@ def problem(head_dim: int, longest: int, dtype: torch.dtype, layout: str, **othe
     return AttentionProblem(head_dim, lengths, keys, dtype, layout, **others)
 
 
-def _views(case: AttentionProblem, rows_q: int, rows_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _views(case: AttentionProblem, rows_q: int, rows_k: int) -> tuple[Tensor, ...]:
     """q, k and v as views in the memory layout of the case."""
     heads, width = case.heads, case.head_dim
 
@@ -126,18 +126,15 @@ def _compare(case, results, q, k, v, dout, cu_seqlens_q, cu_seqlens_k, scale) ->
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.cpu(), cu_seqlens_k.cpu()
     total_q, total_k = int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1])
     leaves = [x[:n].cpu().double() for x, n in ((q, total_q), (k, total_k), (v, total_k))]
-    exact_inputs = [x.requires_grad_() for x in leaves]
-    out, lse = reference.varlen_attention(
-        *exact_inputs, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale
-    )
+    exact_inputs = q, k, v = [x.requires_grad_() for x in leaves]
+    out, lse = reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale)
     upstream = dout[:total_q].cpu()
     exact = dict(out=out.detach(), lse=lse.detach())
     exact |= zip(
         ("dq", "dk", "dv"), torch.autograd.grad(out, exact_inputs, upstream.double()), strict=True
     )
-    eager_inputs = [x.detach().to(case.dtype).requires_grad_() for x in leaves]
-    bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    out = _eager(*eager_inputs, *bounds, scale)
+    eager_inputs = q, k, v = [x.detach().to(case.dtype).requires_grad_() for x in leaves]
+    out = _eager(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), scale)
     eager = dict(out=out.detach())
     eager |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, eager_inputs, upstream), strict=True)
     for name, count in (("out", total_q), ("dq", total_q), ("dk", total_k), ("dv", total_k)):

@@ -30,9 +30,12 @@ def _compiles(monkeypatch, launch) -> bool:
     """Whether Triton's front end runs."""
     ran = []
     original = ASTSource.make_ir
-    monkeypatch.setattr(
-        ASTSource, "make_ir", lambda self, *rest: ran.append(1) or original(self, *rest)
-    )
+
+    def noted(self, *rest):
+        ran.append(1)
+        return original(self, *rest)
+
+    monkeypatch.setattr(ASTSource, "make_ir", noted)
     compile_launch(launch, 90)
     monkeypatch.undo()
     return bool(ran)

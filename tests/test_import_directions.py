@@ -76,15 +76,19 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "visualize": {"masks"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
-        "evaluate": {"model", "vit"},
+        "evaluate": {"config", "counter_rng", "data", "model", "vit"},
         "report": {"config", "disk", "evaluate", "versions", "visualize"},
         "train": {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
             "model", "visualize", "cost", "evaluate", "report",
         },
-        "interop": {"config", "model", "train"},
+        "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
+        "downstream": {
+            "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
+            "evaluate", "report", "train", "interop", "visualize",
+        },
         "doctor": {"versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "doctor"},
+        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.

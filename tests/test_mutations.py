@@ -4,18 +4,22 @@ import importlib
 from pathlib import Path
 
 import pytest
-from mutation import run_check
+from mutation import Mutation, run_check
 
 pytestmark = pytest.mark.interpreter
 
-MUTATIONS = [
-    pytest.param(mutation, id=f"{path.stem}: {mutation.name}")
+MUTATIONS: list[Mutation] = [
+    mutation
     for path in sorted((Path(__file__).parent / "mutations").glob("[!_]*.py"))
     for mutation in importlib.import_module(f"mutations.{path.stem}").MUTATIONS
 ]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+def _test_id(mutation: Mutation) -> str:
+    return f"{mutation.file}: {mutation.name}"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=_test_id)
 def test_mutation_is_noticed(mutation, tmp_path):
     try:
         run_check(mutation, tmp_path, mutated=True)
@@ -24,6 +28,6 @@ def test_mutation_is_noticed(mutation, tmp_path):
     pytest.fail(f"nothing noticed: {mutation.name}")
 
 
-@pytest.mark.parametrize("mutation", {p.values[0].check: p for p in MUTATIONS}.values())
+@pytest.mark.parametrize("mutation", {m.check: m for m in MUTATIONS}.values(), ids=_test_id)
 def test_check_passes_without_the_mutation(mutation, tmp_path):
     run_check(mutation, tmp_path, mutated=False)

@@ -60,7 +60,8 @@ def pillow(data: bytes, view: View) -> torch.Tensor:
     """The path of the released code, less torchvision's wrapping."""
     top, left, height, width = view.box
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    image = image.crop((left, top, left + width, top + height)).resize(SIZE, Image.BILINEAR)
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize(SIZE, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

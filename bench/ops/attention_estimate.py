@@ -73,7 +73,7 @@ class Cycles:
         cost = cls(issue=warps / ISSUES_PER_CYCLE)
         if opcode.startswith("HGMMA"):
             # 64 x N x 16 a warpgroup: N / 2 cycles, at least what reading A takes.
-            width = int(re.search(r"64x(\d+)x16", opcode).group(1))
+            (width,) = map(int, re.findall(r"64x(\d+)x16", opcode))
             cost.tensor = max(width / 2, 16) * warps / 4
         elif opcode.startswith("HMMA"):
             cost.tensor = CYCLES_PER_HMMA * warps

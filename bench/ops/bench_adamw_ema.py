@@ -105,7 +105,7 @@ class OnePass:
     @torch.no_grad()
     def update_alone(self) -> None:
         """The CPU update without the gradient norm."""
-        plan = self.optimizer._plan
+        plan = self.optimizer._current_plan()
         gradients = [slot.gradient() for slot in plan.slots]
         adamw_ema_cpu.step_on_cpu(
             plan.slots,
@@ -134,30 +134,35 @@ class Stock:
         self.weight_copies = [p.detach().bfloat16() for p in self.parameters]
         self.target_copies = [t.bfloat16() for t in self.targets]
         self.implementation = implementation
-        kind = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
-        capturable = {"capturable": True} if device == "cuda" else {}
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=LR, weight_decay=DECAY, **kind[implementation], **capturable
+            self.parameters,
+            lr=LR,
+            weight_decay=DECAY,
+            fused=implementation == "fused",
+            foreach=implementation == "foreach",
+            capturable=device == "cuda",
         )
         self.update_alone()
 
     @torch.no_grad()
     def update_alone(self) -> None:
-        gradients = [p.grad for p in self.parameters]
         if self.casts_gradients:
-            torch._foreach_copy_(gradients, self.gradients)
+            torch._foreach_copy_(self._own_gradients(), self.gradients)
         self.optimizer.step()
         if self.implementation == "loop":  # as the released code: mul_ and add_ a tensor
             for source, target in zip(self.sources, self.targets, strict=True):
                 target.mul_(MOMENTUM).add_((1.0 - MOMENTUM) * source)
         else:
             torch._foreach_lerp_(self.targets, self.sources, 1.0 - MOMENTUM)
-        torch._foreach_copy_(self.weight_copies, self.parameters)
+        torch._foreach_copy_(self.weight_copies, [p.detach() for p in self.parameters])
         torch._foreach_copy_(self.target_copies, self.targets)
 
     def with_norm(self) -> None:
-        nn.utils.get_total_norm([p.grad for p in self.parameters])
+        nn.utils.get_total_norm(self._own_gradients())
         self.update_alone()
+
+    def _own_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 def timed(function: Callable[[], None], device: str) -> float:
@@ -185,10 +190,12 @@ def interleaved(functions: dict[str, Callable[[], None]], device: str) -> dict[s
     return {name: rounds[1:] for name, rounds in seconds.items()}
 
 
-def model_bytes(model: str, per_parameter: tuple[int, int]) -> int:
+def model_bytes(model: str, per_parameter: tuple[int, int], norm_bytes: int = 0) -> int:
+    """Of a step; `norm_bytes` are those that the gradient norm reads of every parameter."""
     with_partner = sum(torch.Size(s).numel() for s in encoder_shapes(model))
     without = sum(torch.Size(s).numel() for s in predictor_shapes(model))
-    return with_partner * per_parameter[0] + without * per_parameter[1]
+    of_update = with_partner * per_parameter[0] + without * per_parameter[1]
+    return of_update + (with_partner + without) * norm_bytes
 
 
 def report(title: str, seconds: dict[str, list[float]], bytes_of: dict[str, int]) -> dict:
@@ -265,12 +272,9 @@ def test_gpu_step(model, gradient_dtype):
     one_pass.optimizer.upload_hyper_parameters()
     providers = {name: Stock(model, "cuda", gradient_dtype, name) for name in ("fused", "loop")}
     functions |= {name: captured(stock.with_norm) for name, stock in providers.items()}
-    norm_bytes = gradient_dtype.itemsize
     bytes_of = {
-        "one pass": model_bytes(
-            model, tuple(b + norm_bytes for b in ONE_PASS_BYTES[gradient_dtype])
-        ),
-        "fused": model_bytes(model, tuple(b + 4 for b in FUSED_BYTES[gradient_dtype])),
+        "one pass": model_bytes(model, ONE_PASS_BYTES[gradient_dtype], gradient_dtype.itemsize),
+        "fused": model_bytes(model, FUSED_BYTES[gradient_dtype], norm_bytes=4),
     }
     title = f"ViT-{model}, {gradient_dtype} gradients, with norm"
     rows = report(title, interleaved(functions, "cuda"), bytes_of)

@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ FLEX_BLOCK = 128
 # Bytes an element of one of q, k, v, out, dout, dq, dk, dv in half precision: what must move once.
 FORWARD_ROWS, BACKWARD_ROWS = 4, 8
 
-Attend = Callable[..., Tensor]  # (q, k, v) (T, H, D) each, or (qkv,) (T, 3, H, D) -> (T, H, D)
+# Tensors, and for ours type checkers do not see that no LSE is asked for.
+Attend = Callable[..., Any]  # (q, k, v) (T, H, D) each, or (qkv,) (T, 3, H, D) -> (T, H, D)
 
 
 def _ours(packing: Packing) -> Attend:
@@ -54,8 +56,9 @@ def _ours(packing: Packing) -> Attend:
 
 def _ours_apart(packing: Packing) -> Attend:
     bounds, longest = packing.cu_seqlens, packing.max_seqlen
-    packings = {"packing_q": packing, "packing_k": packing}
-    return lambda q, k, v: varlen_attention(q, k, v, bounds, bounds, longest, longest, **packings)
+    return lambda q, k, v: varlen_attention(
+        q, k, v, bounds, bounds, longest, longest, packing_q=packing, packing_k=packing
+    )
 
 
 def _torch_varlen(packing: Packing) -> Attend:
@@ -130,12 +133,16 @@ def _flex(packing: Packing) -> Attend:
 def _jagged(packing: Packing) -> Attend:
     offsets = packing.cu_seqlens.long()
     # both bounds, or every call would read them back from the device
-    bounds = {"min_seqlen": int(offsets.diff().min()), "max_seqlen": packing.max_seqlen}
+    shortest, longest = int(offsets.diff().min()), packing.max_seqlen
 
     def attend(*qkv: Tensor) -> Tensor:
-        jagged = (torch.nested.nested_tensor_from_jagged(part, offsets, **bounds) for part in qkv)
-        parts = (part.transpose(1, 2) for part in jagged)
-        return F.scaled_dot_product_attention(*parts).transpose(1, 2).values()
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(
+                part, offsets, min_seqlen=shortest, max_seqlen=longest
+            ).transpose(1, 2)
+            for part in qkv
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()
 
     return attend
 
@@ -161,8 +168,10 @@ def _sdpa_by_sequence(packing: Packing) -> Attend:
     bounds = list(pairwise(packing.cu_seqlens.tolist()))
 
     def attend(*qkv: Tensor) -> Tensor:
-        sequences = ([part[a:b].transpose(0, 1)[None] for part in qkv] for a, b in bounds)
-        outputs = [F.scaled_dot_product_attention(*parts)[0].transpose(0, 1) for parts in sequences]
+        outputs = []
+        for a, b in bounds:
+            q, k, v = (part[a:b].transpose(0, 1)[None] for part in qkv)
+            outputs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
         return torch.cat(outputs)
 
     return attend
@@ -174,10 +183,9 @@ def _sdpa_equal(backend: SDPBackend | None) -> Callable[[Packing], Attend]:
     def build(packing: Packing) -> Attend:
         def attend(*qkv: Tensor) -> Tensor:
             shape = (packing.num_sequences, packing.max_seqlen, *qkv[0].shape[1:])
+            q, k, v = (part.view(shape).transpose(1, 2) for part in qkv)
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-                out = F.scaled_dot_product_attention(
-                    *(part.view(shape).transpose(1, 2) for part in qkv)
-                )
+                out = F.scaled_dot_product_attention(q, k, v)
             return out.transpose(1, 2).flatten(0, 1)
 
         return attend
@@ -231,7 +239,7 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
     width = shape.predictor_width if part == "predictor" else shape.width
     heads = HEADS[shape.name[0]]
     head_dim = width // heads
-    packing, dtype = _packing(shape, part).to(device), DTYPES[device]
+    packing, dtype = packed_part(shape, part).to(device), DTYPES[device]
     total = packing.capacity
 
     def make_inputs() -> dict:
@@ -254,10 +262,11 @@ def _bench(shape: Shape, part: str, device: str, peers: dict) -> None:
         return lambda s: lambda: attend(*(x.detach() for x in _leaves(s, name)))
 
     forwards = {name: forward_of(name, attend) for name, attend in built.items()}
-    backwards = {
-        name: (lambda s, n=name, f=attend: backward_of(f, _leaves(s, n)))
-        for name, attend in built.items()
-    }
+
+    def backward_of_leaves(name: str, attend: Attend):
+        return lambda s: backward_of(attend, _leaves(s, name))
+
+    backwards = {name: backward_of_leaves(name, attend) for name, attend in built.items()}
     known = _backward_facts(backwards["ours"](make_inputs()), row_bytes, device)
     with_flex = ", Flex" if peers is FLEX else ""
     for direction, providers, rows, more in (
@@ -288,7 +297,7 @@ def _backward_facts(backward: Callable[[], tuple], row_bytes: int, device: str) 
     return facts
 
 
-def _packing(shape: Shape, part: str) -> Packing:
+def packed_part(shape: Shape, part: str) -> Packing:
     if part == "target":
         return pack_lengths([shape.num_patches] * shape.batch)
     masks = shape.masks()
@@ -305,11 +314,11 @@ if torch.cuda.is_available():
     CASES += [("cuda", G16, "context"), ("cuda", G16, "target"), ("cuda", L14, "target")]
 
 
-def _name(value: object) -> str:
+def _test_id(value: object) -> str:
     return value.name if isinstance(value, Shape) else str(value)
 
 
-@pytest.mark.parametrize(("device", "shape", "part"), CASES, ids=_name)
+@pytest.mark.parametrize(("device", "shape", "part"), CASES, ids=_test_id)
 def test_attention(device, shape, part):
     dense = part == "target"
     if device == "cpu":
@@ -319,14 +328,14 @@ def test_attention(device, shape, part):
     _bench(shape, part, device, peers)
 
 
-@pytest.mark.parametrize(("device", "shape", "part"), CASES, ids=_name)
+@pytest.mark.parametrize(("device", "shape", "part"), CASES, ids=_test_id)
 def test_flex(device, shape, part):
     if device == "cpu":
         pytest.skip("FlexAttention has no backward on a CPU")
     _bench(shape, part, device, FLEX)
 
 
-@pytest.mark.parametrize(("device", "shape"), EVERY_SHAPE[:1], ids=_name)
+@pytest.mark.parametrize(("device", "shape"), EVERY_SHAPE[:1], ids=_test_id)
 def test_padded_without_a_mask(device, shape):
     """What SDPA costs when padding is attended to: not the same result, for orientation only."""
     _bench(shape, "padded", device, DENSE_PEERS if device == "cuda" else CPU_DENSE_PEERS)

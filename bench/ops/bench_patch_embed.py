@@ -59,14 +59,20 @@ def test_context(device, shape, kind):
 
     def ours(fused):
         return provider(
-            lambda *x: embed_visible_patches(*x, ids, packing, mean=mean, std=std, fused=fused)
+            lambda images, weight, bias, position: embed_visible_patches(
+                images, weight, bias, position, ids, packing, mean=mean, std=std, fused=fused
+            )
         )
 
-    compiled = torch.compile(convolve_then_gather)
+    def stock(function):
+        return lambda images, weight, bias, position: function(
+            images, weight, bias, position, rows, mean, std
+        )
+
     providers = {
         "embed_visible_patches": ours(False),
-        "conv2d, then index_select": provider(lambda *x: convolve_then_gather(*x, rows, mean, std)),
-        "the same, compiled": provider(lambda *x: compiled(*x, rows, mean, std)),
+        "conv2d, then index_select": provider(stock(convolve_then_gather)),
+        "the same, compiled": provider(stock(torch.compile(convolve_then_gather))),
     }
     if device == "cuda":
         providers["embed_visible_patches, fused"] = ours(True)

@@ -17,6 +17,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from masked_vit_kernels import pack_lengths
@@ -32,8 +33,8 @@ from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
 
-from bench.ops.bench_attention import CASES, HEADS, _packing
-from bench.timing import _capture, rounds_of
+from bench.ops.bench_attention import CASES, HEADS, packed_part
+from bench.timing import graph_of, rounds_of
 
 LENGTHS = (129, 197, 0, 256, 16, 65, 1, 128, 64, 63, 150, 200)  # of the check
 FORWARD = (
@@ -142,13 +143,15 @@ def check_share(number: int, shares: int, folder: Path) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"of": candidate, "error": "faulted"}) + "\n")
             file.flush()
+            outcome: dict[str, Any]
             try:
                 start = time.perf_counter()
                 outcome = {"errors": check(*candidate), "seconds": time.perf_counter() - start}
             except Exception as error:
                 outcome = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
             file.write(json.dumps({"of": candidate, **outcome}) + "\n")
-        if "illegal" in outcome.get("error", "") or "CUDA error" in outcome.get("error", ""):
+        failure = outcome.get("error", "")
+        if "illegal" in failure or "CUDA error" in failure:
             sys.exit(1)  # this process's context is lost
 
 
@@ -156,7 +159,7 @@ def check_all(folder: Path, processes: int, seconds: float) -> dict[str, dict]:
     """Candidate to its last line."""
     end = time.perf_counter() + seconds
     command = [sys.executable, "-m", "bench.ops.tune_attention", "--out", str(folder / "unused")]
-    running = {n: None for n in range(processes)}
+    running: dict[int, subprocess.Popen | None] = dict.fromkeys(range(processes))
     while running and time.perf_counter() < end:
         for number, process in list(running.items()):
             if process is None or process.poll() not in (None, 0):
@@ -165,7 +168,8 @@ def check_all(folder: Path, processes: int, seconds: float) -> dict[str, dict]:
                 del running[number]
         time.sleep(0.2)
     for process in running.values():
-        process.kill()
+        if process is not None:
+            process.kill()
     lines = {}
     for path in folder.glob("checked-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -175,7 +179,7 @@ def check_all(folder: Path, processes: int, seconds: float) -> dict[str, dict]:
 
 
 def right(entry: dict | None) -> bool:
-    errors = (entry or {}).get("errors")
+    errors = (entry or {}).get("errors", {})
     return bool(errors) and all(errors[n] < 0.02 for n in ("out", "dq", "dk", "dv") if n in errors)
 
 
@@ -184,7 +188,7 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
     width = shape.predictor_width if part == "predictor" else shape.width
     heads = HEADS[shape.name[0]]
     head_dim, scale = width // heads, (width // heads) ** -0.5
-    packing = _packing(shape, part).to("cuda")
+    packing = packed_part(shape, part).to("cuda")
     longest, total = packing.max_seqlen, packing.capacity
     side = Sequences.of(packing.cu_seqlens, longest, packing)
     element_bytes = 2 * total * heads * head_dim
@@ -213,16 +217,16 @@ def time_shape(shape, part: str, checked: dict[str, dict]) -> dict:
     def backward(step: BackwardStep):
         runs = []
         for given, gradients in sets:
-            runs += [
-                launch.run
-                for launch in backward_launches(**given, **gradients, delta=delta, plan=(step,))
-            ]
+            both = given | gradients
+            runs += [launch.run for launch in backward_launches(**both, delta=delta, plan=(step,))]
         return runs
 
     def microseconds(functions) -> float:
         with torch.cuda.stream(stream):
             repeats = max(1, 12 // len(functions))
-            graph = _capture(functions * repeats, stream)
+            graph = graph_of(functions * repeats, stream)
+            if graph is None:
+                raise RuntimeError("our own launches could not be captured")
             rounds = rounds_of({"it": [graph.replay]}, "cuda")["it"]
         return 1e6 * sorted(rounds)[len(rounds) // 2] / repeats / len(sets)
 
@@ -282,13 +286,14 @@ def main() -> None:
     print(f"{len(checked)} of {len(candidates())} candidates checked, {len(bad)} not right")
     for entry in bad:
         print("  ", json.dumps(entry)[:330])
-    results = {"checked": list(checked.values()), "shapes": {}}
+    shapes: dict[str, dict] = {}
+    results = {"checked": list(checked.values()), "shapes": shapes}
     for _, shape, part in CASES:
         name = f"{shape.name} {part}"
         if arguments.parts and name not in arguments.parts:
             continue
         try:
-            results["shapes"][name] = found = time_shape(shape, part, checked)
+            shapes[name] = found = time_shape(shape, part, checked)
         except Exception as error:
             print(name, type(error).__name__, str(error)[:300])
             continue

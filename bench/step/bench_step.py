@@ -103,7 +103,7 @@ BATCHES = 3  # mask batches in rotation
 
 STEPS_A_ROUND = 5 if ON_GPU else 1
 
-Provider = Callable[..., object]
+Provider = Callable[..., torch.Tensor | float]  # (images, masks) -> loss
 
 
 def make_providers(precision: str, batching: str) -> dict[str, Callable[[IJEPA], Provider]]:

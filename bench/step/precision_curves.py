@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from ijepa.disk import write_whole
 from ijepa.masks.from_config import build_mask_sampler
 from ijepa.recipes import load_recipe
 
-RUNS = {  # label -> precision, residual stream
+Residual = Literal["fp32", "bf16"]
+RUNS: dict[str, tuple[str, Residual]] = {  # label -> precision, residual stream
     "fp32": ("fp32", "fp32"),
     "bf16 autocast": ("bf16", "fp32"),
     "bf16 autocast, bf16 residual": ("bf16", "bf16"),
@@ -51,7 +53,7 @@ def make_recipe(steps: int, device: torch.device) -> Recipe:
 
 def render(recipe: Recipe) -> Tensor:
     """The images that the runs see, (n, 3, H, W) uint8, once for all of them."""
-    seen = min(IMAGES, recipe.train.steps * recipe.train.batch_size)
+    seen = min(IMAGES, recipe.train.num_steps * recipe.train.batch_size)
     images = render_shapes(np.arange(seen), recipe.model.image_size, 0)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
@@ -65,7 +67,7 @@ def losses_of(label: str, recipe: Recipe, images: Tensor, device: torch.device) 
     batch = recipe.train.batch_size
     sampler = build_mask_sampler(recipe.masks, config.grid, batch, torch.device("cpu"))
     losses = []
-    for step in range(recipe.train.steps):
+    for step in range(recipe.train.num_steps):
         part = images[torch.arange(step * batch, (step + 1) * batch) % len(images)]
         masks = sampler(keys=derive_keys(3, step, np.arange(batch)))
         losses.append(trainer.step(part.to(device), masks.to(device)).loss)

@@ -23,7 +23,7 @@ from ijepa.vit import Attention, Block, Encoder
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
 Clock = Callable[[str], None]
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-RunBlock = Callable[[Block, Tensor], Tensor]
+RunBlock = Callable[..., Tensor]  # (block, (B, N, D)) -> (B, N, D)
 
 
 def no_clock(_phase: str) -> None:

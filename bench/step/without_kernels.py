@@ -45,18 +45,20 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, packing_q: Packing, packing_k: P
     queries, _ = _padded(q, packing_q)
     keys, there = _padded(k, packing_k)
     values, _ = _padded(v, packing_k)
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (queries, keys, values)), attn_mask=there[:, None, None]
-    )
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    mask = there[:, None, None]
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     return _unpadded(out.transpose(1, 2), packing_q)
 
 
 def _qkvpacked(qkv: Tensor, _cu_seqlens, _max_seqlen, *, packing: Packing) -> Tensor:
-    return _attention(*qkv.unbind(1), packing, packing)
+    q, k, v = qkv.unbind(1)
+    return _attention(q, k, v, packing, packing)
 
 
 def _kvpacked(q: Tensor, kv: Tensor, *_lengths, packing_q: Packing, packing_k: Packing) -> Tensor:
-    return _attention(q, *kv.unbind(1), packing_q, packing_k)
+    k, v = kv.unbind(1)
+    return _attention(q, k, v, packing_q, packing_k)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ class Loader:
                         f"a data worker died for the second time ({error}): killed for want of "
                         "memory, or by an image? Try fewer data.workers, or 0"
                     ) from error
-                _logger.warning("%s: new workers make its batches again", error)
+                _logger.warning("a data worker died (%s): new ones make its batches again", error)
                 batches, replaced = self._start(item), True
                 continue
             except BaseException as error:
@@ -185,7 +185,7 @@ class Loader:
     def _start(self, item: int) -> Iterator:
         """Batches from this one on, with workers of their own."""
         before = multiprocessing.active_children()
-        with _blocked(signal.SIGTERM), deaths_seen_while_waiting():  # see _start_worker
+        with signals_blocked(), deaths_seen_while_waiting():  # see start_worker
             batches = iter(self._data_loader(item))
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         return batches
@@ -207,7 +207,7 @@ class Loader:
             sampler=steps,
             num_workers=workers,
             prefetch_factor=_PREFETCHED if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self._pin_memory,
             # Without one of its own the DataLoader draws from, and so changes, the global state.
             generator=torch.Generator(),
@@ -252,7 +252,7 @@ class _StepDataset(torch.utils.data.Dataset):
         return self._order[1]
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """One thread a worker, and no say in how the run ends: the main process sees to that.
 
     Ctrl-C, a closed terminal and a scheduler's SIGTERM reach the whole process group. A worker that
@@ -279,7 +279,7 @@ def _obey_parent(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
+def signals_blocked(number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
     """Keep a signal waiting in this thread and in what it starts meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:

@@ -31,9 +31,17 @@ class OpenedImage(Protocol):
 class ImageSource(Protocol):
     """A numbered set of images; `open` raises ImageError where one cannot be read."""
 
-    channels: int
-    labels: Mapping[str, np.ndarray]
-    class_names: Mapping[str, tuple[str, ...]]
+    @property
+    def channels(self) -> int:
+        """C of what `open` gives."""
+
+    @property
+    def labels(self) -> Mapping[str, np.ndarray]:
+        """Task -> (n,) integers."""
+
+    @property
+    def class_names(self) -> Mapping[str, tuple[str, ...]]:
+        """Task -> the meaning of each number."""
 
     def __len__(self) -> int: ...
 

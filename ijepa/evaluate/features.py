@@ -7,6 +7,7 @@ The paper evaluates the target encoder and reports the better of `last` (the las
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor
 from ijepa.vit import Encoder
 
 CONCATENATED_BLOCKS = 4
+Layers = Literal["last", "last4"]
+LAYERS: tuple[Layers, ...] = ("last", "last4")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,25 @@ class Features:
 
     last: Tensor
     last4: Tensor
+
+
+def block_features(encoder: Encoder, images: Tensor, layers: Layers) -> Tensor:
+    """(B, N, D) float32 features of every patch, D being that of the blocks together.
+
+    Args:
+        images: (B, C, Hi, Wi) on the encoder's device, as the encoder takes them.
+        layers: "last" block, or the "last4" concatenated, the earliest first (all, where there are
+            fewer).
+
+    Raises:
+        ValueError: other layers.
+    """
+    if layers not in LAYERS:
+        raise ValueError(f"layers must be one of {', '.join(LAYERS)}, got {layers!r}")
+    if layers == "last":
+        return encoder(images).float()
+    count = min(CONCATENATED_BLOCKS, len(encoder.blocks))
+    return torch.cat(encoder.last_layers(images, count), dim=2).float()
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from masked_vit_kernels.packing import (
 from torch import Tensor
 
 from ijepa.masks.ids import check_ids, concatenated, padded_ids, sequence_lengths
-from ijepa.masks.layout import padded_bytes, views_of
+from ijepa.masks.layout import padded_bytes, tensors_of, views_of
 from ijepa.masks.sizes import MaskSizes, padded_sizes
 
 
@@ -118,7 +118,7 @@ class MaskBatch:
 
         The block itself where the tensors are cut from one already.
         """
-        tensors = _tensors_in(self)
+        tensors = tensors_of(self)
         skeleton = self.map_tensors(lambda tensor: tensor.to("meta"))
         fields = {field.name: getattr(skeleton, field.name) for field in dataclasses.fields(self)}
         storage = tensors[0].untyped_storage()
@@ -247,7 +247,7 @@ class MaskBatch:
             context_lengths,
             target_flat - np.repeat(target_offsets, target_lengths),
             target_lengths.reshape(images, blocks),
-            np.asarray(targets.any(axis=1)),
+            np.any(targets, axis=1),
             max_seqlens=max_seqlens,
             capacities=capacities,
             redraws=redraws,
@@ -343,20 +343,8 @@ class MaskBatch:
 def _cut(fields: dict[str, object], block: Tensor) -> MaskBatch:
     """The inverse of `MaskBatch._in_one_block`."""
     skeleton = MaskBatch(**fields)  # type: ignore[arg-type]
-    views = views_of(_tensors_in(skeleton), block)
+    views = views_of(tensors_of(skeleton), block)
     return skeleton.map_tensors(lambda _: next(views))
-
-
-def _tensors_in(masks: MaskBatch) -> list[Tensor]:
-    """All tensors, in `map_tensors`' order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    masks.map_tensors(note)
-    return found
 
 
 def _sequence(ids: Tensor, packing: Packing, sequence: int) -> Tensor:

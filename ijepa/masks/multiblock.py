@@ -17,12 +17,11 @@ import numpy as np
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.masks.blocks import choose_shapes, count_patches, independent_shapes, place_blocks
 from ijepa.masks.checks import check_count, check_grid, check_range, raise_scale_error
+from ijepa.masks.fallback import DRAWS, MAX_FALLBACK_SHARE, fallback_masks
 from ijepa.masks.sampler import MaskSampler
 from ijepa.masks.sizes import MaskSizes
 from ijepa.masks.truncated import TruncatedBlocks
 
-DRAWS = 8  # draws of an image before the fallback
-MAX_FALLBACK_SHARE = 0.05  # of the images, in the constructor's trial
 _DEFAULT_MIN_CONTEXT = 10
 _ATTEMPT_STRIDE = 1 << 32  # random numbers set aside for one draw of an image
 _TRIAL_IMAGES = 256
@@ -131,16 +130,11 @@ class PackedBlocks:
                 return context, targets, 0
             context[short], targets[short] = self._attempt(keys[short], attempt)
             short = short[count_patches(context[short]) < self.min_context]
-        context[short], targets[short] = self._fallback(keys[short], targets[short])
+        bits = random_bits(keys[short], 1, first=DRAWS * _ATTEMPT_STRIDE)[:, 0]
+        context[short], targets[short] = fallback_masks(
+            bits, targets[short], self._largest_context, self.grid
+        )
         return context, targets, short.size
-
-    def _fallback(self, keys: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where no draw left enough context: one place for all targets, the largest context."""
-        bits = random_bits(keys, 1, first=DRAWS * _ATTEMPT_STRIDE)[:, 0]
-        first = targets[:, :1]
-        height, width = self._largest_context
-        context = place_blocks(bits, height, width, self.grid) & ~first[:, 0]
-        return context, np.repeat(first, self.num_targets, axis=1)
 
     def _attempt(self, keys: np.ndarray, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Context (B, rows, columns) and targets (B, M, rows, columns) of one draw, bool."""

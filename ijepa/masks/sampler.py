@@ -1,7 +1,6 @@
 """What every mask strategy shares: keys in, a packed `MaskBatch` out, capacities kept.
 
-An image whose draws leave too little context takes its strategy's fallback (`_fallback` in
-`multiblock.py`); `MaskBatch.fallbacks` counts them.
+An image whose draws leave too little context gets a stated fallback (`fallback.py`).
 
 A sampler is stateless: the masks of an image are a function of its 64-bit key alone (a trainer
 derives it from seed, epoch and sample index), so they do not depend on the batch, the worker or

@@ -168,6 +168,26 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
 
 
+def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Folder, metadata and the three networks' tensors of a checkpoint, without its optimiser.
+
+    Args:
+        path: as for `load_checkpoint`.
+
+    Raises:
+        CheckpointError: nothing there, a damaged or foreign file; names it.
+    """
+    folder = find_checkpoint(Path(path))
+    metadata = read_metadata(folder)
+    try:
+        _verify_file(folder / WEIGHTS, metadata["files"][WEIGHTS])
+        return folder, metadata, load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+
+
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """The metadata of a checkpoint's folder, all of whose files are as they were written.
 

@@ -117,6 +117,16 @@ def from_main(value: object) -> object:
     return box[0]
 
 
+def gather_to_main(value: object) -> list | None:
+    """Every rank's picklable value in order of the ranks, on rank 0; None elsewhere."""
+    if world_size() == 1:
+        return [value]
+    box: list[object] | None = [None] * world_size() if is_main() else None
+    with _collective():
+        dist.gather_object(value, box)
+    return box
+
+
 def on_main(function: Callable[[], Value]) -> Value:
     """What rank 0 gets from `function`, on every rank; an error is raised on every rank too."""
     result: object = None

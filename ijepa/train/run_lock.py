@@ -24,11 +24,14 @@ class RunLock:
     killed run nor forked children keep it; NFS carries it to the other machines. Where the file
     system has no locks the run goes on without.
 
+    Args:
+        what_is_done: to the folder by whoever holds it, for the message.
+
     Raises:
         RunLocked: another process holds it.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, what_is_done: str = "trained"):
         self._descriptor = os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,8 +44,8 @@ class RunLock:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise RunLocked(
-                f"{folder} is being trained by {holder or 'another process'}: wait until it ends, "
-                "or stop it"
+                f"{folder} is being {what_is_done} by {holder or 'another process'}: wait until "
+                "it ends, or stop it"
             ) from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
             holder = f"process {os.getpid()} on {socket.gethostname()}"

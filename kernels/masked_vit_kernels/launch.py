@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -48,7 +49,7 @@ class KernelLaunch:
 
     kernel: triton.runtime.KernelInterface
     grid: tuple[int, ...]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = None

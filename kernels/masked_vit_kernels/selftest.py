@@ -121,8 +121,8 @@ def check_attention(machine: Machine) -> float:
         )
 
     def oracle_packed(qkv):
-        bounds = (own.cu_seqlens, own.cu_seqlens)
-        return reference.varlen_attention(*qkv.unbind(1), *bounds)[0]
+        q, k, v = qkv.unbind(1)
+        return reference.varlen_attention(q, k, v, own.cu_seqlens, own.cu_seqlens)[0]
 
     qkv = machine.randn(own.capacity, 3, heads, head_dim)
     return max(worst, _check(machine, attend_packed, oracle_packed, [qkv]))

@@ -48,7 +48,7 @@ class Library:
         for name, body in re.findall(pattern, self.text, flags=re.DOTALL):
             fields = []
             for declaration in filter(None, (d.strip() for d in body.split(";"))):
-                kind, names = re.match(r"(?:const )?(\w+) (.*)", declaration, re.DOTALL).groups()
+                kind, names = declaration.removeprefix("const ").split(maxsplit=1)
                 for field in names.split(","):
                     pointer, field = "*" in field, field.strip(" *\n")
                     scalar = structs.get(kind) or _SCALARS.get(kind)
@@ -60,7 +60,7 @@ class Library:
         """A zeroed struct with these fields set; an unknown field raises AttributeError."""
         result = self.structs[name]()
         for field, value in values.items():
-            if field not in dict(self.structs[name]._fields_):
+            if field not in {known[0] for known in self.structs[name]._fields_}:
                 raise AttributeError(f"{name} has no field {field}")
             if isinstance(value, Tensor):
                 value = value.data_ptr()

@@ -129,10 +129,11 @@ def _attention(draw: random.Random, dtype=None, dim=None, limits=None):
 
 def _sides(packing_q, packing_k, *, mapped: bool) -> tuple[Sequences, Sequences]:
     """Queries and keys with the maps of their packings or without."""
-    return tuple(
+    queries, keys = (
         Sequences.of(packing.cu_seqlens, packing.max_seqlen, packing if mapped else None)
         for packing in (packing_q, packing_k)
     )
+    return queries, keys
 
 
 def test_attention_forward(drawn):
@@ -145,9 +146,9 @@ def _forward_alike(capability: int, draw: random.Random, **chosen) -> None:
     queries, keys = _sides(packing_q, packing_k, mapped=draw.random() < 0.5)
     if queries.tile_map is not None:
         fields |= {
-            "tile_map_q": queries.tile_map, "num_tiles_q": len(queries.tile_map),
-            "wide_tile_map_q": queries.wide_tile_map,
-            "num_wide_tiles_q": len(queries.wide_tile_map),
+            "tile_map_q": packing_q.tile_map, "num_tiles_q": len(packing_q.tile_map),
+            "wide_tile_map_q": packing_q.wide_tile_map,
+            "num_wide_tiles_q": len(packing_q.wide_tile_map),
         }  # fmt: skip
     LIBRARY.run("attention_forward", out=out, lse=lse, stride_out=out.stride(0), **fields)
     launch = forward_launch(
@@ -169,10 +170,11 @@ def _backward_alike(capability: int, draw: random.Random, **chosen) -> None:
     queries, keys = _sides(packing_q, packing_k, mapped=draw.random() < 0.5)
     if keys.order is not None:
         fields |= {
-            "sequence_order": keys.order,
-            "tile_map_q": queries.tile_map, "num_tiles_q": len(queries.tile_map),
-            "tile_map_k": keys.tile_map, "num_tiles_k": len(keys.tile_map),
-            "wide_tile_map_k": keys.wide_tile_map, "num_wide_tiles_k": len(keys.wide_tile_map),
+            "sequence_order": packing_k.sequence_order,
+            "tile_map_q": packing_q.tile_map, "num_tiles_q": len(packing_q.tile_map),
+            "tile_map_k": packing_k.tile_map, "num_tiles_k": len(packing_k.tile_map),
+            "wide_tile_map_k": packing_k.wide_tile_map,
+            "num_wide_tiles_k": len(packing_k.wide_tile_map),
         }  # fmt: skip
     LIBRARY.run(
         "attention_backward", rows_k=k.shape[0], out=out, dout=dout, lse=lse, delta=delta,

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CARRIED = re.search(r"NEEDED=\((.*)\)", (ROOT / "bench" / "carry.sh").read_text())[1].split()
+(_NEEDED,) = re.findall(r"NEEDED=\((.*)\)", (ROOT / "bench" / "carry.sh").read_text())
+CARRIED = _NEEDED.split()
 MODULES = [name.replace("-", "_") for name in CARRIED]
 
 NO_NETWORK = """\
@@ -39,7 +40,7 @@ def bare_python(tmp_path_factory) -> Path:
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     left_out = {"ijepa", "masked_vit_kernels"}
     for name in CARRIED:
-        left_out |= {file.parts[0] for file in metadata.distribution(name).files}
+        left_out |= {file.parts[0] for file in metadata.files(name) or ()}
     for installed in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for entry in Path(installed).iterdir():
             if entry.name not in left_out and not entry.name.startswith("__editable__"):
@@ -55,10 +56,10 @@ def carry(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("carry")
     for name in CARRIED:
         distribution = metadata.distribution(name)
-        tag = re.search(r"^Tag: (\S+)$", distribution.read_text("WHEEL"), re.MULTILINE)[1]
+        tag = re.findall(r"^Tag: (\S+)$", distribution.read_text("WHEEL") or "", re.MULTILINE)[0]
         wheel = f"{name.replace('-', '_')}-{distribution.version}-{tag}.whl"
         with zipfile.ZipFile(folder / wheel, "w") as archive:
-            for file in distribution.files:
+            for file in distribution.files or ():
                 if ".." not in file.parts and "__pycache__" not in file.parts:
                     archive.write(file.locate(), str(file))
     return folder
@@ -79,7 +80,8 @@ def test_with_the_wheels_every_module_imports_and_every_part_passes(tmp_path, ba
     assert all(said.startswith("exit 0 ") for said in summary.values()), f"{summary}\n{log[-4000:]}"
     assert {"packages", "doctor", "step", "attention", "tests", "report"} <= summary.keys()
     assert "ERROR collecting" not in log
-    assert int(re.search(r"(\d+) never ran", counted)[1]) > 400
+    (never_ran,) = re.findall(r"(\d+) never ran", counted)
+    assert int(never_ran) > 400
 
 
 def test_without_them_the_missing_are_named_and_the_other_tests_are_still_collected(

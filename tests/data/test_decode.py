@@ -1,6 +1,6 @@
 """Decoding: every kind of file comes out upright, in uint8, with the channels asked for."""
 
-import importlib.util
+import importlib.resources
 import io
 import os
 import struct
@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 from ijepa.data.decode import EncodedImage, ImageError
 from ijepa.data.pillow_pixels import pillow_pixels
 
-PHOTOS = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images"
+PHOTOS = Path(str(importlib.resources.files("sklearn"))) / "datasets" / "images"
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

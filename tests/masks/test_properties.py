@@ -85,7 +85,8 @@ def assert_packed(batch: MaskBatch) -> None:
     places = [union.index(row) for row in target_rows]
     assert torch.equal(batch.target_rows_in_union, padded(places, target_capacity))
 
-    sources, sequence_of, copies, mask_rows = [], [], {}, []
+    sources: list[int] = []
+    sequence_of, copies, mask_rows = [], {}, []
     context_row = target_row = 0
     for b, blocks in enumerate(targets):
         for m, ids in enumerate(blocks):

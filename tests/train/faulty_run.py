@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 from ijepa import cli
 from ijepa.train import checkpoint
@@ -32,7 +34,7 @@ def kill_after_save(step: int) -> None:
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Saving.save = killed
+    mock.patch.object(Saving, "save", killed).start()
 
 
 def signal_worker(number: int, *steps: int) -> None:
@@ -42,7 +44,9 @@ def signal_worker(number: int, *steps: int) -> None:
     def send(step: int) -> None:
         if waiting and step >= waiting[0]:
             waiting.pop(0)
-            os.kill(multiprocessing.active_children()[0].pid, number)
+            worker = multiprocessing.active_children()[0].pid
+            assert worker is not None  # it runs
+            os.kill(worker, number)
 
     _after_step(send)
 
@@ -90,10 +94,10 @@ def _after_step(action) -> None:
         action(self.step_index)
         return result
 
-    Trainer.step = step
+    mock.patch.object(Trainer, "step", step).start()
 
 
-FAULTS = {
+FAULTS: dict[str, Callable[..., None]] = {
     "kill-in-first-save": kill_in_first_save,
     "kill-after-save": kill_after_save,
     "signal-worker": signal_worker,

@@ -29,7 +29,7 @@ from ijepa.train.stop_signals import StopSignals
 from ijepa.train.trainer import Trainer
 
 # Absolute, for processes in other folders.
-IMPORTS = os.pathsep.join(str(Path(m.__file__).parents[1]) for m in (ijepa, masked_vit_kernels))
+IMPORTS = os.pathsep.join(str(Path(m.__path__[0]).parent) for m in (ijepa, masked_vit_kernels))
 
 
 @pytest.fixture(autouse=True)

@@ -353,7 +353,7 @@ def test_a_killed_data_worker_is_replaced_once(undisturbed, tmp_path):
     arguments = small_arguments(folder, data__workers=2)
     done = run(arguments, f"signal-worker={int(signal.SIGKILL)},3")
     assert done.returncode == 0, done.stdout
-    assert re.search(r"DataLoader worker \(pid.*: new workers make its batches again", done.stdout)
+    assert re.search(r"a data worker died \(.+\): new ones make its batches", done.stdout)
     assert_as_if_nothing_happened(folder, undisturbed)
 
 

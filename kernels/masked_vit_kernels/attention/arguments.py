@@ -79,12 +79,7 @@ def check_sequences(side: Side) -> None:
     the packing. Reads the values of `cu_seqlens`."""
     suffix = side.suffix
     bounds = tuple(side.cu_seqlens.tolist())
-    ordered, longest = _summary(bounds)
-    if not ordered or not bounds or bounds[-1] > side.rows:
-        raise ValueError(
-            f"cu_seqlens{suffix} must start at 0, not decrease and end within the {side.rows} "
-            f"rows, got {_shown(bounds)}"
-        )
+    longest = check_bounds(f"cu_seqlens{suffix}", bounds, side.rows)
     if longest > side.max_seqlen:
         raise ValueError(
             f"max_seqlen{suffix} must be at least the longest sequence, {longest}, got "
@@ -99,6 +94,17 @@ def check_sequences(side: Side) -> None:
             f"packing{suffix} describes other sequences than cu_seqlens{suffix}: "
             f"{_shown(packed)} there and {_shown(bounds)} here"
         )
+
+
+def check_bounds(name: str, bounds: tuple[int, ...], rows: int) -> int:
+    """The longest length. Raise ValueError unless the sequences lie in order within the rows."""
+    ordered, longest = _summary(bounds)
+    if not ordered or bounds[-1] > rows:
+        raise ValueError(
+            f"{name} must start at 0, not decrease and end within the {rows} rows, got "
+            f"{_shown(bounds)}"
+        )
+    return longest
 
 
 @functools.lru_cache(maxsize=64)  # every layer of a step asks for the same

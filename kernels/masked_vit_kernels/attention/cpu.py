@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from masked_vit_kernels.attention.arguments import check_bounds
+
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Scores of a bucket that are in flight at once: P and dP of this many elements stay in the cache.
@@ -111,8 +113,8 @@ def _plan(
     bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], rows_q: int, rows_k: int, heads: int
 ) -> _Plan:
     """Cut sequences into buckets. Those without queries or without keys are in none."""
-    _check_bounds(bounds_q, rows_q, "cu_seqlens_q")
-    _check_bounds(bounds_k, rows_k, "cu_seqlens_k")
+    check_bounds("cu_seqlens_q", bounds_q, rows_q)  # of a compiled graph nobody else has looked
+    check_bounds("cu_seqlens_k", bounds_k, rows_k)
     starts_q, lengths_q = np.array(bounds_q[:-1], np.int64), np.diff(bounds_q)
     starts_k, lengths_k = np.array(bounds_k[:-1], np.int64), np.diff(bounds_k)
     order = np.lexsort((lengths_k, lengths_q))
@@ -132,11 +134,6 @@ def _plan(
         covers_keys=int(lengths_k[order].sum()) == rows_k,
         uniform=shared and len(order) > 0 and bool((lengths_q * len(lengths_q) == rows_q).all()),
     )
-
-
-def _check_bounds(bounds: tuple[int, ...], rows: int, name: str) -> None:
-    if not bounds or bounds[0] != 0 or bounds[-1] > rows or min(np.diff(bounds), default=0) < 0:
-        raise ValueError(f"{name} must rise from 0 to at most {rows}, got {list(bounds)}")
 
 
 def _bucket_end(lengths_q: np.ndarray, lengths_k: np.ndarray, first: int, heads: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
@@ -57,28 +58,21 @@ def _kind(value: object) -> str:
     return "module" if isinstance(value, nn.Module) else type(value).__name__
 
 
-def match_by_name(
-    target: nn.Module, source: nn.Module, *, buffers: bool = True
-) -> list[tuple[Tensor, Tensor]]:
-    """(target, source) tensors of two modules that carry one name, wrappers' prefixes removed.
-
-    Args:
-        buffers: match buffers besides parameters.
+def match_by_name(target: nn.Module, source: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(target, source) parameters and buffers of one name, wrappers' prefixes removed.
 
     Raises:
         ValueError: a name that only one of the two has; nothing is ever left out in silence.
     """
-    ours, theirs = _named_tensors(target, buffers), _named_tensors(source, buffers)
+    ours, theirs = _named_tensors(target), _named_tensors(source)
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise ValueError(f"these names occur in only one of target and source: {alone[:8]}")
     return [(tensor, theirs[name]) for name, tensor in ours.items()]
 
 
-def _named_tensors(module: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    named: list[tuple[str, Tensor]] = list(module.named_parameters())
-    if buffers:
-        named += module.named_buffers()
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
     return {_plain_name(name): tensor for name, tensor in named}
 
 

@@ -1,4 +1,4 @@
-"""Reading checkpoints: of the released I-JEPA code, and of runs of this program.
+"""Checkpoints of the released I-JEPA code.
 
 A released `.pth.tar` holds `encoder`, `predictor` and `target_encoder`, each with the prefix
 `module.`, beside the optimiser's state. It names neither image size nor head count: sizes are
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ijepa.config import VIT_SIZES, ModelConfig
+from ijepa.interop.unloaded import networks_without_weights
 from ijepa.model import IJEPA
-from ijepa.train.checkpoint import METADATA, CheckpointError, load_checkpoint
-from ijepa.train.resume import saved_recipe
+from ijepa.train.checkpoint import METADATA
 
 _NAMED = 8  # entries of a foreign file that are named
 
@@ -44,8 +44,23 @@ def load_official(path: str | os.PathLike, *, num_heads: int | None = None) -> I
         ValueError: the file is damaged or something else, a checkpoint of this program among it; or
             tensors are missing, unknown or of the wrong shape, all of which are named.
     """
-    _refuse_own(Path(path))
-    checkpoint = _read(Path(path))
+    config, states = read_released(Path(path), num_heads)
+    model = networks_without_weights(config)
+    for name, ours in NETWORKS.items():
+        model.get_submodule(ours).load_state_dict(states[name], assign=True)
+    return model
+
+
+def read_released(
+    path: Path, num_heads: int | None = None
+) -> tuple[ModelConfig, dict[str, dict[str, Tensor]]]:
+    """The sizes of a released checkpoint, and released network name -> its tensors in float32.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_official`.
+    """
+    _refuse_own(path)
+    checkpoint = _read(path)
     absent = [name for name in NETWORKS if not isinstance(checkpoint.get(name), Mapping)]
     if absent:
         held = [str(name) for name in checkpoint]
@@ -56,7 +71,7 @@ def load_official(path: str | os.PathLike, *, num_heads: int | None = None) -> I
         )
     states = {name: _clean(checkpoint[name]) for name in NETWORKS}
     config = _read_config(path, states["encoder"], states["predictor"], num_heads)
-    model = _without_weights(config)
+    model = networks_without_weights(config)
     mismatches = [
         mismatch
         for name, ours in NETWORKS.items()
@@ -64,40 +79,7 @@ def load_official(path: str | os.PathLike, *, num_heads: int | None = None) -> I
     ]
     if mismatches:
         raise ValueError(f"{path} does not fit its own sizes:\n  " + "\n  ".join(mismatches))
-    for name, ours in NETWORKS.items():
-        model.get_submodule(ours).load_state_dict(states[name], assign=True)
-    return model
-
-
-def load_run(path: str | os.PathLike) -> IJEPA:
-    """All three networks of a run of this program.
-
-    Args:
-        path: the run's folder (its latest checkpoint is taken) or one of its checkpoints.
-
-    Raises:
-        CheckpointError: nothing there, or something damaged or foreign.
-        ValueError: settings that this version does not know.
-    """
-    checkpoint = load_checkpoint(Path(path))
-    model = _without_weights(saved_recipe(checkpoint, None).model)
-    try:
-        # Copies: the checkpoint's are mapped from its file.
-        weights = {name: tensor.clone() for name, tensor in checkpoint.weights.items()}
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit its own settings: {error}") from None
-    return model
-
-
-def _without_weights(config: ModelConfig) -> IJEPA:
-    """The networks with nothing initialised: every weight will come from a file."""
-    with torch.device("meta"):
-        model = IJEPA(config)
-    for encoder in (model.context_encoder, model.target_encoder):
-        for name in ("image_mean", "image_std"):  # what no file holds
-            setattr(encoder, name, torch.tensor(getattr(config, name), dtype=torch.float32))
-    return model
+    return config, states
 
 
 def _refuse_own(path: Path) -> None:
