@@ -97,7 +97,13 @@ class IJEPA(nn.Module):
 
     The target encoder starts as a copy of the context encoder, receives no gradients and is moved
     by the optimiser's exponential average.
+
+    Attributes:
+        float8_targets: the target encoder's products run in float8, by copies of its weights that
+            the optimiser keeps; in `targets` alone, not where the encoder itself is called.
     """
+
+    float8_targets: bool = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -144,13 +150,16 @@ class IJEPA(nn.Module):
         if self.config.target == "pixels":
             return self._pixels(images), masks.target_rows
         if self.config.target_masking == "input":
-            features = self.target_encoder(images, masks.targets, masks.target_packing)
+            features = self.target_encoder(
+                images, masks.targets, masks.target_packing, float8=self.float8_targets
+            )
             rows = torch.arange(masks.targets.shape[0], device=masks.targets.device)
             return features, rows.masked_fill(masks.targets < 0, -1)
         if self.config.prune_target:
             union = KeptRows(masks.target_union, masks.target_union_packing)
-            return self.target_encoder(images, kept=union), masks.target_rows_in_union
-        return self.target_encoder(images), masks.target_rows
+            features = self.target_encoder(images, kept=union, float8=self.float8_targets)
+            return features, masks.target_rows_in_union
+        return self.target_encoder(images, float8=self.float8_targets), masks.target_rows
 
     def prepare(self, batch_size: int) -> None:
         """Build what a forward pass would build at its first use, so that it can be traced."""

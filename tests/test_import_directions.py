@@ -42,17 +42,18 @@ PACKAGES = {
 # is read for what it imports from outside alone.
 ROOMS: dict[str, dict[str, set[str]]] = {
     "masked_vit_kernels": {
-        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear"},
+        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear", "float8"},
         "packing": set(),
         "checks": set(),
         "pixels": set(),
         "cpu_linear": set(),
+        "float8": {"checks"},
         "bundle": set(),
         "launch": {"bundle"},
         # The three kinds of ops do not know each other.
         "attention": {"packing", "checks", "launch"},
         "tokens": {"packing", "checks", "launch", "pixels"},
-        "optimizer": {"checks", "launch"},
+        "optimizer": {"checks", "launch", "float8"},
         "compile": {"launch"},
         "catalogue": {"attention", "tokens", "optimizer", "packing", "launch"},
         "audit": {"catalogue", "compile", "launch"},

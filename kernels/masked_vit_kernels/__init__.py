@@ -9,6 +9,7 @@ from masked_vit_kernels.attention.varlen import (
     varlen_attention_qkvpacked,
 )
 from masked_vit_kernels.cpu_linear import linear
+from masked_vit_kernels.float8 import Float8Rows, float8_linear
 from masked_vit_kernels.optimizer.adamw_ema import AdamWEMA
 from masked_vit_kernels.optimizer.ema import ema_update_
 from masked_vit_kernels.packing import (
@@ -26,12 +27,14 @@ from masked_vit_kernels.tokens.predictor_tokens import assemble_predictor_tokens
 
 __all__ = [
     "AdamWEMA",
+    "Float8Rows",
     "Packing",
     "PredictorPacking",
     "assemble_predictor_tokens",
     "choose_capacity",
     "ema_update_",
     "embed_visible_patches",
+    "float8_linear",
     "gather_tokens",
     "latent_prediction_loss",
     "linear",
