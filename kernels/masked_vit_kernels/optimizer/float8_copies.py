@@ -49,9 +49,7 @@ def _quantize_kernel(
     tl.store(scale_ptr + row, tl.div_rn(maximum, _LARGEST))
 
 
-def quantize_launch(
-    owner: Tensor, table: Tensor, dtype: torch.dtype, columns: int
-) -> KernelLaunch:
+def quantize_launch(owner: Tensor, table: Tensor, dtype: torch.dtype, columns: int) -> KernelLaunch:
     """owner (rows,) int32, table (weights, TABLE_COLUMNS) int64; `columns` the most of a weight."""
     return KernelLaunch(
         kernel=_quantize_kernel,
