@@ -49,7 +49,7 @@ class Machine:
     exponential: float = 8  # a warp's, of a quarter of the 16 lanes
     exponential_latency: float = 20
     shared_latency: float = 26
-    local_latency: float = 40
+    local_latency: float = 200
 
 
 HOPPER = Machine()
@@ -109,7 +109,7 @@ def step_of(opcode: str, operands: str, control: int, machine: Machine) -> Step:
         wide = int(matrix.group(1)) if matrix else wide
         return replace(step, pipe="shared", cycles=4 * wide, latency=machine.shared_latency)
     if opcode.startswith(("LDL", "STL")):
-        return replace(step, pipe="shared", cycles=4 * wide, latency=machine.local_latency)
+        return replace(step, pipe="local", cycles=2 * wide, bytes=128 * wide)
     if opcode.startswith("SHFL"):
         return replace(step, pipe="shared", cycles=4, latency=machine.shared_latency)
     if opcode.startswith("BAR"):
@@ -235,7 +235,7 @@ def play(
 
     for number in range(resident):
         start(number * 40.0)
-    pipe_of = {"load": "memory_pipe", "copy": "memory_pipe", "store": "memory_pipe",
+    pipe_of = {"load": "memory_pipe", "copy": "memory_pipe", "store": "memory_pipe", "local": "memory_pipe",
                "product_wait": "full", "copy_wait": "full", "copy_commit": "full",
                "barrier": "full"}  # fmt: skip
     while running:
@@ -290,6 +290,10 @@ def play(
                 warp.copied = max(warp.copied, done)
             if kind == "store":
                 done = now + 20
+        elif kind == "local":
+            free["memory_pipe"] = now + step.cycles
+            cache_free = max(cache_free, now) + step.bytes / cached_share
+            done = cache_free + machine.local_latency
         elif kind == "barrier":
             others = waiting.setdefault(warp.program, [])
             others.append(warp)
