@@ -38,10 +38,10 @@ class Machine:
     """
 
     clock: float = 1.7e9
-    memory_latency: float = 700
+    memory_latency: float = 800
     cache_latency: float = 300
     bytes_per_cycle: float = 4.2e12 / 132 / 1.7e9
-    cached_bytes_per_cycle: float = 40
+    cached_bytes_per_cycle: float = 36
     launch_gap: float = 300
     branch: float = 8
     barrier: float = 20

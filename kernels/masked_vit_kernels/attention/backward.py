@@ -49,7 +49,7 @@ from masked_vit_kernels.packing import TILE, WIDE_TILE
 
 @triton.jit
 def _load_log2_lse(lse_ptr, first_query, num_queries, BLOCK_Q: tl.constexpr):
-    """[BLOCK_Q] lse in base 2, 0 past the last query; -inf without keys: their weights are masked."""
+    """[BLOCK_Q] lse in base 2, 0 past the last query; -inf without keys, which have no weights."""
     rows = tl.arange(0, BLOCK_Q)
     mask = rows < num_queries - first_query
     return tl.load(lse_ptr + first_query + rows, mask=mask, other=0.0) * 1.4426950408889634
