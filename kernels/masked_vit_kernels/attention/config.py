@@ -126,7 +126,7 @@ def backward_plan(
             return _flash(AttentionConfig(64, 64, 8, 1), AttentionConfig(32, 64, 8, 1))
         if capability == 80:
             queries = AttentionConfig(64, 64, 4 if head_dim <= 80 else 8, 2)
-            return _flash(queries, AttentionConfig(64, 64, 4, 2))
+            return _flash(queries, AttentionConfig(64 if head_dim <= 80 else 32, 64, 4, 2))
         return _flash(AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 128, 8, 2))
     short, long = _up_to_128_keys(head_dim, capability), _up_to_256_keys(head_dim, capability)
     if max_seqlen_k <= 128:
