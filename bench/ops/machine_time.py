@@ -19,9 +19,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from masked_vit_kernels import audit
 from masked_vit_kernels.audit import Instruction
 
-from bench.ops.machine_flow import PRODUCT, Loop, WorkingCode
+from bench.ops.machine_flow import PRODUCT, Loop, WorkingCode, working_code
 
 NONE = 7  # the scoreboard that is none
 
@@ -54,7 +55,9 @@ class Machine:
 
 HOPPER = Machine()
 
-_FULL_RATE = re.compile(r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|NOP|BRA|EXIT|WARPGROUP|DEPBAR|LDGDEPBAR|U[A-Z]|R2UR|S2UR")
+_FULL_RATE = re.compile(
+    r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|NOP|BRA|EXIT|WARPGROUP|DEPBAR|LDGDEPBAR|U[A-Z]|R2UR|S2UR"
+)
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,58 @@ def _skipped(code: WorkingCode) -> set[int]:
     return left_out
 
 
+@dataclass(frozen=True)
+class Code:
+    """A kernel's machine code with what its compiler wrote beside each instruction."""
+
+    working: WorkingCode
+    controls: dict[int, int]
+
+    @classmethod
+    def of(cls, cubin: bytes) -> Code:
+        """Disassembled."""
+        sass = audit.disassemble(cubin)
+        return cls(working_code(sass), controls(audit.disassemble(cubin, "-hex")))
+
+    def steps(self, machine: Machine) -> dict[int, Step]:
+        """Of every address."""
+        return {
+            address: step_of(opcode, operands, self.controls[address], machine)
+            for address, opcode, operands in self.working.instructions
+        }
+
+
+def microseconds(
+    traces: list[list[Step]],
+    *,
+    programs: float,
+    warps: int,
+    resident: int,
+    read_once: float,
+    useful: float,
+    machine: Machine = HOPPER,
+) -> float:
+    """What a multiprocessor takes for its share of a launch.
+
+    Args:
+        traces: of programs that stand for all.
+        programs: the multiprocessor's share of them; fewer than two rounds run once, side by side.
+        warps, resident: of a program; programs that run at once.
+        read_once: bytes that a program would load if nothing were loaded twice.
+        useful: the share of the lanes that load.
+    """
+    loads = [sum(s.bytes for s in steps if s.pipe in ("load", "copy")) for steps in traces]
+    from_memory = min(1.0, read_once / (sum(loads) * warps * useful / len(traces)))
+    if programs < 2 * resident:
+        some = traces[: max(round(programs), 1)]
+        cycles = play(some, warps // 4, min(resident, len(some)), from_memory, useful, machine)[-1]
+    else:
+        ends = play(traces, warps // 4, resident, from_memory, useful, machine)
+        first, last = resident - 1, len(ends) - 1 - resident
+        cycles = programs * (ends[last] - ends[first]) / (last - first)
+    return 1e6 * cycles / machine.clock
+
+
 class _Warp:
     __slots__ = ("at", "program", "ready", "boards", "products", "pending", "groups", "copied",
                  "steps", "arrived")  # fmt: skip
@@ -204,10 +259,14 @@ class _Warp:
 
 
 def play(
-    traces: list[list[Step]], warps: int, resident: int, from_memory: float, useful: float,
+    traces: list[list[Step]],
+    warps: int,
+    resident: int,
+    from_memory: float,
+    useful: float,
     machine: Machine = HOPPER,
-) -> float:
-    """Cycles a program, in the middle of a long queue of programs.
+) -> list[float]:
+    """The cycle at which each program of a queue ends, in order.
 
     Args:
         traces: of each program in the queue, the same for all its warps.
@@ -284,7 +343,8 @@ def play(
             portion = 1.0 if kind == "store" else from_memory
             memory_free = max(memory_free, now) + moved * portion / share
             latency = machine.cache_latency + from_memory * (
-                machine.memory_latency - machine.cache_latency)
+                machine.memory_latency - machine.cache_latency
+            )
             done = max(cache_free, memory_free, now) + latency
             if kind == "copy":
                 warp.copied = max(warp.copied, done)
@@ -321,6 +381,4 @@ def play(
             if left[warp.program] == 0:
                 finished.append(now)
                 start(now + machine.launch_gap)
-    finished.sort()
-    first, last = resident - 1, len(finished) - 1 - resident
-    return (finished[last] - finished[first]) / (last - first)
+    return sorted(finished)

@@ -29,9 +29,7 @@ def _block_parameters(width: int, config: ModelConfig) -> int:
     return attention + 2 * width * hidden + hidden + width + 4 * width
 
 
-def state_bytes(
-    parameters: dict[str, int], precision: str, target_precision: str = "same"
-) -> int:
+def state_bytes(parameters: dict[str, int], precision: str, target_precision: str = "same") -> int:
     """Bytes of what lives through the run.
 
     A trained parameter holds weight, gradient and Adam's two moments, 4 bytes each. The bf16 mode

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from ijepa.config import Recipe
-from ijepa.cost.flops import Flops, TokenCounts, sample_tokens, step_flops, target_products, total_flops
+from ijepa.cost.flops import (
+    Flops,
+    TokenCounts,
+    sample_tokens,
+    step_flops,
+    target_products,
+    total_flops,
+)
 from ijepa.cost.gpus import GPUS, Gpu
 from ijepa.cost.memory import activation_bytes, count_parameters, state_bytes
 from ijepa.recipes import check_known

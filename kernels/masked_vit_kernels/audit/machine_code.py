@@ -43,9 +43,9 @@ class Measurement:
     instructions: int
 
 
-def disassemble(cubin: bytes) -> str:
-    """The machine code of a cubin as nvdisasm prints it."""
-    return _run_tool("nvdisasm", "-c", cubin=cubin)
+def disassemble(cubin: bytes, *flags: str) -> str:
+    """The machine code of a cubin as nvdisasm prints it; flags: "-hex" adds the encodings."""
+    return _run_tool("nvdisasm", "-c", *flags, cubin=cubin)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
