@@ -294,7 +294,8 @@ def play(
 
     for number in range(resident):
         start(number * 40.0)
-    pipe_of = {"load": "memory_pipe", "copy": "memory_pipe", "store": "memory_pipe", "local": "memory_pipe",
+    pipe_of = {"load": "memory_pipe", "copy": "memory_pipe", "store": "memory_pipe",
+               "local": "memory_pipe",
                "product_wait": "full", "copy_wait": "full", "copy_commit": "full",
                "barrier": "full"}  # fmt: skip
     while running:
