@@ -14,7 +14,6 @@ keys, one after the other, before its first product.
 
 from __future__ import annotations
 
-import heapq
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -245,8 +244,18 @@ def microseconds(
 
 
 class _Warp:
-    __slots__ = ("at", "program", "ready", "boards", "products", "pending", "groups", "copied",
-                 "steps", "arrived")  # fmt: skip
+    __slots__ = (
+        "arrived",
+        "at",
+        "boards",
+        "copied",
+        "groups",
+        "pending",
+        "products",
+        "program",
+        "ready",
+        "steps",
+    )  # fmt: skip
 
     def __init__(self, program: int, steps: list[Step], start: float):
         self.program, self.steps, self.at, self.ready = program, steps, 0, start
