@@ -42,18 +42,19 @@ PACKAGES = {
 # is read for what it imports from outside alone.
 ROOMS: dict[str, dict[str, set[str]]] = {
     "masked_vit_kernels": {
-        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear"},
+        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear", "float8"},
         "packing": set(),
         "checks": set(),
         "pixels": set(),
         "cpu_linear": set(),
+        "float8": {"checks"},
         "bundle": set(),
         "kernel_language": set(),
         "launch": {"bundle", "kernel_language"},
         # The three kinds of ops do not know each other.
         "attention": {"packing", "checks", "launch", "kernel_language"},
         "tokens": {"packing", "checks", "launch", "pixels", "kernel_language"},
-        "optimizer": {"checks", "launch", "kernel_language"},
+        "optimizer": {"checks", "launch", "kernel_language", "float8"},
         "compile": {"launch"},
         "catalogue": {"attention", "tokens", "optimizer", "packing", "launch"},
         "audit": {"catalogue", "compile", "launch"},
