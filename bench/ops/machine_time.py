@@ -1,4 +1,4 @@
-"""How long programs take on a Hopper multiprocessor: their machine code played on a model of it.
+"""How long programs take on a Hopper multiprocessor: their machine code, played on a model of it.
 
 Every instruction carries what the compiler decided about its timing: cycles to stand still after
 it, the scoreboard it signals, those it waits for. With latencies of what the scoreboards guard,
