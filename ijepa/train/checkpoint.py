@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ijepa.disk import not_written, require_space, sync, write_whole
+from ijepa.disk import NotWritten, not_written, require_space, sync, write_whole
 from ijepa.versions import versions
 
 FORMAT = "ijepa-checkpoint"
@@ -84,20 +85,66 @@ def save_checkpoint(
         NotWritten: no room, or writing failed; the checkpoints of before are as they were, and
             nothing of this one is left to fill the disk.
     """
-    root = run_folder / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:08d}"
-    aside = root / f".{final.name}.partial"
-    for leftover in root.glob(".*.partial"):
-        _remove(leftover)
     tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "", tensors)
-    require_space(final.name, root, _bytes_needed(weights) + _bytes_needed(tensors))
-    try:
-        aside.mkdir()
-        save_file(_savable(weights), aside / WEIGHTS)
-        save_file(_savable(tensors), aside / STATE)
-        _describe(aside, step, metadata, tree)
+    tree = flatten(state, "", tensors)
+    files = {WEIGHTS: _savable(weights), STATE: _savable(tensors)}
+    folder = CheckpointFolder(run_folder, step)
+    with folder.written(bytes_needed(weights) + bytes_needed(tensors)) as aside:
+        for name, content in files.items():
+            save_file(content, aside / name)
+        folder.seal(metadata, tree)
+    return folder.path
+
+
+class CheckpointFolder:
+    """The folder of a checkpoint that is being written.
+
+    Attributes:
+        path: where it will be, `run_folder`/checkpoints/step-<step>.
+        aside: where it is until it is whole.
+    """
+
+    def __init__(self, run_folder: Path, step: int):
+        self._root, self._step = run_folder / "checkpoints", step
+        self.path = self._root / f"step-{step:08d}"
+        self.aside = self._root / f".{self.path.name}.partial"
+
+    @contextlib.contextmanager
+    def written(self, needed: int) -> Iterator[Path]:
+        """`begin`, and `aside` to write into; where that fails `give_up`."""
+        self.begin(needed)
+        try:
+            yield self.aside
+        except (OSError, SafetensorError) as error:
+            raise self.given_up(error) from None
+
+    def begin(self, needed: int) -> None:
+        """Make `aside`; what a killed process left of others goes away.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            NotWritten: no room.
+        """
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob(".*.partial"):
+                _remove(leftover)
+            require_space(self.path.name, self._root, needed)
+            self.aside.mkdir()
+        except OSError as error:
+            raise self.given_up(error) from None
+
+    def given_up(self, error: BaseException) -> NotWritten:
+        """Leave nothing that would fill the disk; the error to raise."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        return not_written(self.path.name, self._root, error)
+
+    def seal(self, metadata: dict[str, Any], tree: Any) -> None:
+        """Describe the files in `aside`, put it into its place, and drop all but the newest two."""
+        root, final, aside = self._root, self.path, self.aside
+        _describe(aside, self._step, metadata, tree)
         for name in (WEIGHTS, STATE):
             sync(aside / name)
         sync(aside)
@@ -106,15 +153,11 @@ def save_checkpoint(
         aside.rename(final)
         sync(root)
         write_whole(root / LATEST, final.name + "\n")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise not_written(final.name, root, error) from None
-    # By when they were written: of a run that goes on from an older checkpoint, those of higher
-    # steps are the older ones.
-    others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
-    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
-        _remove(old)
-    return final
+        # By when they were written: of a run that goes on from an older checkpoint, those of higher
+        # steps are the older ones.
+        others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
+        for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+            _remove(old)
 
 
 def take_up(checkpoint: Path) -> None:
@@ -149,7 +192,7 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _bytes_needed(tensors: dict[str, Tensor]) -> int:
+def bytes_needed(tensors: dict[str, Tensor]) -> int:
     """Upper bound of what the tensors and their description take on a disk."""
     content = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return content + 1000 * len(tensors) + (1 << 16)
@@ -318,15 +361,15 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name, tensor in tensors.items()}  # fmt: skip
 
 
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A JSON description of a nested value; its tensors go into `tensors` by their path."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):  # as pairs: optimisers key their state by integers
-        return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        entries = [_flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
+        entries = [flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": entries}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
@@ -334,7 +377,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_flatten`."""
+    """The inverse of `flatten`."""
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]

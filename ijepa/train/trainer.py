@@ -277,6 +277,12 @@ class Trainer:
             if tensor.dtype == torch.bfloat16:
                 self.optimizer.master(tensor).copy_(weights[name])
 
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """Copies of the float32 values of rounded weights."""
+        tensors = self.model.state_dict(keep_vars=True).values()
+        rounded = [tensor for tensor in tensors if tensor.dtype == torch.bfloat16]
+        return {tensor: self.optimizer.master(tensor).detach().clone() for tensor in rounded}
+
     @torch.no_grad()
     def whole_model(self, wanted: bool) -> IJEPA | None:
         """The model to look at from outside of a step: itself, or a whole copy of a sharded one.
@@ -319,7 +325,12 @@ class Trainer:
         expected = {"optimizer", "step_index", "total_skips", "consecutive_skips"}
         if set(state) != expected:
             raise ValueError(f"trainer state must hold {sorted(expected)}, got {sorted(state)}")
+        # A sharded run's weights are its masters, which is what `load_weights` has left here.
+        masters = {} if _holds_masters(state["optimizer"]) else self._masters()
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
+        with torch.no_grad():
+            for tensor, master in masters.items():
+                self.optimizer.master(tensor).copy_(master)
         if self._replayed is not None:
             self._replayed.forget()
         self.step_index = int(state["step_index"])
@@ -352,6 +363,10 @@ def _compile_blocks_of_ranks(model: IJEPA) -> None:
             module.forward = torch.compile(  # type: ignore[method-assign]
                 module.forward, fullgraph=True, dynamic=False
             )
+
+
+def _holds_masters(state: dict) -> bool:
+    return any("master" in entry for entry in state["state"].values())
 
 
 def _placed(state: dict, optimizer: Optimizer) -> dict:
