@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ settings: ijepa pretrain RECIPE --help
 recipes: {recipes}
 """
 DOCTOR_USAGE = "ijepa doctor: this machine, versions, which op runs where; takes no arguments"
+# how often a launcher has started this command again
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 DEFAULT_RECIPE = "shapes-tiny"
 
 
@@ -91,6 +94,8 @@ def _complain(message: str, error: BaseException) -> None:
 def pretrain_command(arguments: list[str]) -> int:
     """`ijepa pretrain [RECIPE] [--resume RUN_FOLDER] [--table.key VALUE ...]`."""
     resume, arguments = _take_option(arguments, "--resume", "a run's folder")
+    if resume is None:
+        resume = _begun_before_a_restart(arguments)
     name = None
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
@@ -169,6 +174,18 @@ COMMANDS = {
     "plan": plan_command,
     "doctor": doctor_command,
 }
+
+
+def _begun_before_a_restart(arguments: list[str]) -> str | None:
+    """The folder of the run that this command began, where torchrun or SLURM has started it again
+    after a failure; its train.output has to be given, for other folders have a new number each."""
+    restarts = [os.environ.get(name, "0") for name in _RESTARTS]
+    output, _ = _take_option(arguments, "--train.output", "a folder")
+    if output is None or not any(count.isdigit() and int(count) for count in restarts):
+        return None
+    from ijepa.train.checkpoint import holds_checkpoint
+
+    return output if holds_checkpoint(Path(output)) else None
 
 
 def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):

@@ -42,7 +42,7 @@ def start(device: torch.device) -> torch.device:
     store, number, ranks = next(rendezvous("env://"))
     global _register
     _register = RankRegister(store, number, ranks)  # before the group, which waits for all of them
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"  # checkpoints have a gloo group of theirs
     dist.init_process_group(backend, store=store, rank=number, world_size=ranks)
     return device
 
@@ -83,6 +83,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def machines() -> int:
+    """Number of machines, as torchrun has counted them."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:

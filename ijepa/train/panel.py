@@ -20,6 +20,7 @@ from ijepa.model import IJEPA
 from ijepa.report.progress import RunProgress, telling
 from ijepa.train import distributed, from_recipe
 from ijepa.train.figures import Figures
+from ijepa.train.trainer import Trainer
 
 _MASKED_IMAGES = 256  # of the panel's, that are predicted too
 _MASKED_BATCH = 16  # one of them is differentiated beside the memory of a step
@@ -36,32 +37,33 @@ class RunPanel:
         self,
         recipe: Recipe,
         source: ImageSource,
-        model: IJEPA,
+        trainer: Trainer,
         *,
         figures: Figures,
         progress: RunProgress,
         console: Console | None,
     ):
-        self._recipe, self._source, self._model = recipe, source, model
+        self._recipe, self._source, self._trainer = recipe, source, trainer
         self._figures, self._progress, self._console = figures, progress, console
         self._images: tuple[Tensor, Tensor | None] | None = None
         self._masks: list[MaskBatch] | None = None
         self._warned: set[str] = set()
 
     def look(self, done: int) -> None:
-        """Show and write down the panel after `done` steps, on the first rank."""
-        if not distributed.is_main():
+        """Show and write down the panel after `done` steps, on the first rank; all have to ask."""
+        model = self._trainer.whole_model(distributed.is_main())
+        if model is None or not distributed.is_main():
             return
         with telling(self._console, f"Panel on {self._recipe.monitor.images:,} images"):
-            self._look(done)
+            self._look(done, model)
 
-    def _look(self, done: int) -> None:
+    def _look(self, done: int, model: IJEPA) -> None:
         images, labels = self.images()
         if images.shape[0] < 2:
             return  # nothing to compare; said at the start
-        features = encoder_features(self._model.target_encoder, images).last
+        features = encoder_features(model.target_encoder, images).last
         panel = collapse_panel(features, labels)
-        learning = None if panel.not_finite else measure_learning(self._model, self._masked())
+        learning = None if panel.not_finite else measure_learning(model, self._masked())
         figures = {"step": done, **dataclasses.asdict(panel)}
         line = panel_line(done, panel)
         if learning is not None:
@@ -78,7 +80,7 @@ class RunPanel:
 
     def _masked(self) -> list[tuple[Tensor, MaskBatch]]:
         """Batches of the panel's images and the masks they are always seen under."""
-        device = self._model.context_encoder.pos_embed.device
+        device = self._trainer.model.context_encoder.pos_embed.device
         batches = self.images()[0][:_MASKED_IMAGES].split(_MASKED_BATCH)
         if self._masks is None:
             config, cpu = self._recipe.model, torch.device("cpu")

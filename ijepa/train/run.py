@@ -97,12 +97,12 @@ class Run:
             precision=recipe.train.precision,
             compile=compiled,
             cuda_graph=recipe.train.cuda_graph,
+            parallel=from_recipe.chosen_parallel(recipe, device),
         )
         self.first_step, self._seconds_before = 0, 0.0
         if checkpoint is not None:
             restore(
                 checkpoint,
-                self.model,
                 self.trainer,
                 data_id=data_id,
                 last_step=recipe.train.num_steps,
@@ -144,13 +144,13 @@ class Run:
                     self.folder.path, self.first_step, recipe.train.tensorboard
                 )
         except BaseException:
-            self.close()
+            self._close_folder()
             raise
         self.figures = Figures(recipe, self.trainer, self.progress, self._metrics)
         self.panel = RunPanel(
             recipe,
             source,
-            self.model,
+            self.trainer,
             figures=self.figures,
             progress=self.progress,
             console=console,
@@ -210,7 +210,9 @@ class Run:
             return
         with contextlib.suppress(TooManySkips, WeightsNotFinite):  # the failure may be one of them
             self.figures.observe(late)
-            if not self.trainer.consecutive_skips:
+            if self.trainer.sharded:
+                self.saving.tell_unsaved(done)
+            elif not self.trainer.consecutive_skips:
                 self.saving.save(done)
 
     def check_written(self) -> None:
@@ -228,6 +230,10 @@ class Run:
 
     def close(self) -> None:
         """Close the files and let others train into the folder; without a step it goes away."""
+        self.saving.close()
         if self._metrics is not None:
             self._metrics.close()
+        self._close_folder()
+
+    def _close_folder(self) -> None:
         self.folder.close(nothing_done=self.trainer.step_index == 0)

@@ -7,6 +7,7 @@ micro-batches left, and stay float32 for the optimiser.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -40,12 +41,15 @@ class Replicated:
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]):
         wrapped = _LossModule(model, loss)
-        self._ddp = DistributedDataParallel(
-            wrapped,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=BUCKET_MEGABYTES,
-        )
+        with warnings.catch_warnings():
+            # its successor is not in every torch that is supported
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self._ddp = DistributedDataParallel(
+                wrapped,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=BUCKET_MEGABYTES,
+            )
         self._ddp.register_comm_hook(None, self._sum)
         self.loss: Callable[..., Tensor] = self._ddp
         self._rounded = [

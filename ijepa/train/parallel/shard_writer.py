@@ -111,7 +111,7 @@ class ShardWriter:
             raise found
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, when it is through."""
         self._thread.shutdown()
 
 

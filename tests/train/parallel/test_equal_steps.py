@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
 from rank_cases import make_trainer, on_ranks, step, whole_weights
@@ -13,11 +16,20 @@ CASES = [
     for parallel in ("ddp", "fsdp", "hsdp")
     for accumulate in (1, 2)
     for precision in ("fp32", "bf16-params")
-] + [("ddp", 1, "bf16", False), ("fsdp", 1, "bf16", False)]
+] + [
+    ("ddp", 1, "bf16", False),
+    ("fsdp", 1, "bf16", False),
+    ("ddp", 2, "fp32", True),
+    ("fsdp", 2, "fp32", True),
+    ("fsdp", 1, "bf16-params", True),
+]
 
 
 def train(parallel: str, accumulate: int, precision: str, compile: bool) -> dict:
-    trainer = make_trainer(parallel=parallel, precision=precision, compile=compile)
+    if compile:  # traced and cut as on a GPU; Inductor's own code has its tests
+        torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        trainer = make_trainer(parallel=parallel, precision=precision, compile=compile)
     figures = []
     for number in range(STEPS):
         result = step(trainer, number, accumulate)
@@ -50,7 +62,9 @@ def test_ranks_take_the_steps_of_one_process(ranks, alone, tmp_path):
     for number, (parallel, accumulate, precision, compile) in enumerate(cases):
         case = f"{ranks} ranks, {parallel}, {accumulate} micro-batches, {precision}"
         mine = [result[number] for result in results]
-        whole = alone(accumulate, precision)
+        # shards know one kind of bfloat16: rounded copies of float32 weights
+        rounded = "bf16-params" if parallel != "ddp" and precision != "fp32" else precision
+        whole = alone(accumulate, rounded)
         exact = alone(accumulate, "fp32")
         for rank in range(1, ranks):  # every rank has the same
             assert torch.equal(mine[0]["figures"], mine[rank]["figures"]), case
@@ -66,13 +80,13 @@ def test_ranks_take_the_steps_of_one_process(ranks, alone, tmp_path):
                 )
             continue
         # bfloat16's own error: how far a single process is from its float32 self
-        for values, tensors in (("figures", None), ("weights", whole["weights"])):
-            del values
-            if tensors is None:
-                error = (whole["figures"] - exact["figures"]).abs().max()
-                assert (mine[0]["figures"] - whole["figures"]).abs().max() <= 2 * error, case
-                continue
-            own = torch.cat([(tensors[n] - exact["weights"][n]).flatten() for n in tensors])
-            other = torch.cat([(mine[0]["weights"][n] - tensors[n]).flatten() for n in tensors])
-            print(case, own.abs().max(), other.abs().max())
-            assert other.norm() <= 2 * own.norm(), case
+        for part in ("figures", "weights"):
+            own = (flat(whole[part]) - flat(exact[part])).norm()
+            assert (flat(mine[0][part]) - flat(whole[part])).norm() <= 1.5 * own, f"{case}: {part}"
+
+
+def flat(values) -> torch.Tensor:
+    """All values in one row."""
+    if isinstance(values, dict):
+        return torch.cat([values[name].flatten() for name in sorted(values)])
+    return values.flatten()
