@@ -9,18 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ijepa.data.decode import MAX_PIXELS
+from ijepa.data.extensions import EXTENSIONS
 from ijepa.data.regular_files import kind_of_file
 from ijepa.data.sources import FileSource
 from ijepa.printable import printable
-
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff"),
-        *("ppm", "pgm", "pbm", "pnm", "avif", "jp2", "tga"),
-    )
-)
-
 
 _RUN_FILES = {"recipe.json", "metrics.jsonl"}
 

@@ -25,18 +25,29 @@ def kind_of_file(path: str) -> str | None:
     return _KINDS.get(stat.S_IFMT(mode))
 
 
+def open_regular_file(path: str | os.PathLike) -> int:
+    """A descriptor to read from, which the caller closes.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    # Without O_NONBLOCK the opening itself would wait where the path became a FIFO meanwhile.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'folder')}, not a file")
+    return descriptor
+
+
 def read_regular_file(path: str | os.PathLike) -> bytes:
     """The whole content.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
-    # Without O_NONBLOCK the opening itself would wait where the path became a FIFO meanwhile.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_regular_file(path)
     try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'folder')}, not a file")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
