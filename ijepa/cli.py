@@ -32,7 +32,7 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
-  ijepa eval knn|linear|lowshot SOURCE --data TASK  what the features are worth
+  ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version

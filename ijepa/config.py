@@ -451,18 +451,21 @@ class MonitorConfig:
     Attributes:
         every: steps between panels; 0 turns them off.
         images: images a panel looks at.
+        online_images: labelled training images that online probes look at beside it, three quarters
+            to fit and the rest to test; 0 turns them off. checkpoints/best is chosen by them.
         evaluate: end the run with probes beside a random network and raw pixels (needs labels).
         probe_images: training images that the probes are fitted on, at most.
     """
 
     every: int = 250
     images: int = 512
+    online_images: int = 2000
     evaluate: bool = True
     probe_images: int = 10_000
 
     def __post_init__(self):
         _require(self.every >= 0, f"every must not be negative, got {self.every}")
-        _require_within(self, 0, _LONGEST, "every", "images", "probe_images")
+        _require_within(self, 0, _LONGEST, "every", "images", "online_images", "probe_images")
         for name in ("images", "probe_images"):
             value = getattr(self, name)
             _require(value >= 2, f"{name} must be at least 2, got {value}")

@@ -82,6 +82,8 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str = "recipe") -> Recip
         ValueError: naming `origin`, the key, and what is valid.
     """
     tables = _tables()
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{origin} must be a table, got {values!r}")
     check_known(values, ["name", "base", *tables], f"{origin}: unknown table")
     arguments: dict[str, Any] = {"name": str(values.get("name", Recipe.name))}
     for table, config in tables.items():

@@ -77,7 +77,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "visualize": {"masks"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
-        "evaluate": {"config", "counter_rng", "data", "model", "vit"},
+        "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
         "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
         "train": {
             "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
@@ -86,7 +86,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
-            "evaluate", "report", "train", "interop", "visualize",
+            "positions", "evaluate", "report", "train", "interop", "visualize",
         },
         "doctor": {"versions"},
         "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
@@ -99,7 +99,8 @@ OPS = {
     "ijepa.model": {"masked_vit_kernels"},
     "ijepa.train.optim": {"masked_vit_kernels"},
     "ijepa.masks": {"masked_vit_kernels.packing"},
-    "ijepa.evaluate": {"masked_vit_kernels.pixels"},
+    "ijepa.evaluate": {"masked_vit_kernels.pixels", "masked_vit_kernels.packing"},
+    "ijepa.downstream": {"masked_vit_kernels.pixels"},
     "ijepa.doctor": {"masked_vit_kernels.cpu_linear"},
 }
 # The oracle judges production and lends it nothing.

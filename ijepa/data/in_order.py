@@ -15,15 +15,22 @@ from ijepa.data.views import Transform, render_view
 from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
 
 _PREFETCHED = 2  # batches a worker prepares ahead
+Asked = Sequence[tuple[np.ndarray, np.ndarray]]  # image numbers (b,), uint64 keys (b,) of a batch
+Augment = Callable[[torch.Tensor, int], None]  # (C, H, W) uint8, changed in place; a key
 
 
 def readable_batch(
-    source: ImageSource, indices: np.ndarray, transform: Transform, keys: np.ndarray
+    source: ImageSource,
+    indices: np.ndarray,
+    transform: Transform,
+    keys: np.ndarray,
+    augment: Augment | None = None,
 ) -> ImageBatch:
     """Images `indices` (B,), those that cannot be read left out of `images` and `indices`.
 
     Args:
         keys: (B,) uint64 that random views are drawn with.
+        augment: changes each view in place.
     """
     images = torch.empty(len(indices), source.channels, *transform.size, dtype=torch.uint8)
     read: list[int] = []
@@ -34,6 +41,8 @@ def readable_batch(
             size = np.array([(image.height, image.width)])
             (view,) = transform.views(size, keys[position : position + 1])
             render_view(image, view, images[len(read)], transform.interpolation)
+            if augment is not None:
+                augment(images[len(read)], int(keys[position]))
         except ImageError as error:
             unreadable[index] = str(error)
         else:
@@ -44,16 +53,16 @@ def readable_batch(
 def batches_in_order(
     source: ImageSource,
     transform: Transform,
-    batches: Sequence[np.ndarray],
+    batches: Asked,
     num_workers: int = 0,
     pin_memory: bool = False,
-    keys_of: Callable[[np.ndarray], np.ndarray] | None = None,
+    augment: Augment | None = None,
 ) -> Iterator[ImageBatch]:
-    """One batch for each array (b,) of image numbers.
+    """One batch for each entry of `batches`.
 
     Args:
-        keys_of: image numbers (b,) -> (b,) uint64 that random views are drawn with; None is for
-            transforms that draw nothing.
+        batches: image numbers (b,) and keys (b,) of each; may make them as they are asked for.
+        augment: changes each view in place.
         num_workers: processes that decode; 0 does it in this one.
         pin_memory: hand out page-locked memory, for asynchronous copies to a GPU.
 
@@ -61,7 +70,7 @@ def batches_in_order(
         WorkerDied: one of the processes was killed.
     """
     loader = torch.utils.data.DataLoader(
-        _Batches(source, transform, batches, keys_of or _no_keys),
+        _Batches(source, transform, batches, augment),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
@@ -82,24 +91,25 @@ def batches_in_order(
         ) from error
 
 
+def without_keys(batches: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Image numbers of each batch, for transforms that draw nothing."""
+    return [(numbers, np.zeros(len(numbers), dtype=np.uint64)) for numbers in batches]
+
+
 class _Batches(torch.utils.data.Dataset):
     def __init__(
         self,
         source: ImageSource,
         transform: Transform,
-        batches: Sequence[np.ndarray],
-        keys_of: Callable[[np.ndarray], np.ndarray],
+        batches: Asked,
+        augment: Augment | None,
     ):
         self._source, self._transform = source, transform
-        self._batches, self._keys_of = batches, keys_of
+        self._batches, self._augment = batches, augment
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, item: int) -> ImageBatch:
-        numbers = self._batches[item]
-        return readable_batch(self._source, numbers, self._transform, self._keys_of(numbers))
-
-
-def _no_keys(numbers: np.ndarray) -> np.ndarray:
-    return np.zeros(len(numbers), dtype=np.uint64)
+        numbers, keys = self._batches[item]
+        return readable_batch(self._source, numbers, self._transform, keys, self._augment)

@@ -25,6 +25,9 @@ def kind_of_file(path: str) -> str | None:
     return _KINDS.get(stat.S_IFMT(mode))
 
 
+MAX_BYTES = 1 << 29  # of one file; 50 million pixels of four 16-bit channels are fewer
+
+
 def open_regular_file(path: str | os.PathLike) -> int:
     """A descriptor to read from, which the caller closes.
 
@@ -40,15 +43,22 @@ def open_regular_file(path: str | os.PathLike) -> int:
     return descriptor
 
 
-def read_regular_file(path: str | os.PathLike) -> bytes:
+def read_regular_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
     """The whole content.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be read, is no regular file, or is larger than `max_bytes`: reading it
+            could take all the memory there is.
     """
     descriptor = open_regular_file(path)
     try:
+        size = os.fstat(descriptor).st_size
+        if size > max_bytes:
+            raise OSError(f"{size:,} bytes, more than the limit of {max_bytes:,}")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            data = file.read(max_bytes)
+        if data is None:  # of files below /proc, which are none
+            raise OSError("nothing to read")
+        return data
     finally:
         os.close(descriptor)

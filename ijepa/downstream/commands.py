@@ -9,10 +9,12 @@ import tyro
 from ijepa.downstream.options import (
     EmbedOptions,
     EvalOptions,
+    FinetuneOptions,
     KnnOptions,
     LinearOptions,
     LowshotOptions,
     NeighboursOptions,
+    ResumeOptions,
 )
 from ijepa.recipes import check_known
 
@@ -23,6 +25,7 @@ ijepa eval PROTOCOL SOURCE --data TASK [--path PATH] [options]: what an encoder'
   knn        nearest neighbours on frozen features
   linear     linear probes on frozen features, by the paper's protocols
   lowshot    logistic regression on few labels
+  finetune   encoder and head trained together; goes on with: ijepa eval finetune --resume FOLDER
 
 SOURCE is a run's folder, one of its checkpoints, or a released .pth.tar.
 Options of each: ijepa eval PROTOCOL --help
@@ -48,7 +51,7 @@ def neighbours_command(arguments: list[str]) -> int:
 
 
 def eval_command(arguments: list[str]) -> int:
-    """`ijepa eval knn | linear | lowshot SOURCE --data TASK`."""
+    """`ijepa eval knn | linear | lowshot | finetune SOURCE --data TASK`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(EVAL_USAGE, end="")
         return 0
@@ -56,13 +59,30 @@ def eval_command(arguments: list[str]) -> int:
         "knn": KnnOptions,
         "linear": LinearOptions,
         "lowshot": LowshotOptions,
+        "finetune": FinetuneOptions,
     }
     protocol, *rest = arguments
     check_known([protocol], list(kinds), "unknown protocol")
+    if protocol == "finetune":
+        return _finetune(rest)
     options = _parsed(kinds[protocol], f"eval {protocol}", rest)
     from ijepa.downstream.evaluation import evaluate
 
     evaluate(options)
+    return 0
+
+
+def _finetune(arguments: list[str]) -> int:
+    if "--resume" in arguments:
+        again = _parsed(ResumeOptions, "eval finetune", arguments)
+        from ijepa.downstream.finetune.run import resume
+
+        resume(again.resume, path=again.path, workers=again.workers, device=again.device)
+        return 0
+    options = _parsed(FinetuneOptions, "eval finetune", arguments)
+    from ijepa.downstream.finetune.run import finetune
+
+    finetune(options)
     return 0
 
 

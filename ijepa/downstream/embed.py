@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ijepa.data.batch import ImageBatch
 from ijepa.data.identity import source_identity
-from ijepa.data.in_order import batches_in_order
+from ijepa.data.in_order import batches_in_order, without_keys
 from ijepa.data.sources import ImageSource
 from ijepa.data.views import Transform
 from ijepa.downstream.feature_files import FeatureFiles
@@ -191,7 +191,8 @@ def _computed(
     workers = default_workers(device) if embedding.workers is None else embedding.workers
     pinned = device.type == "cuda"
     under_way: tuple[ImageBatch, torch.Tensor] | None = None
-    for batch in batches_in_order(source, embedding.transform, ranges, workers, pinned):
+    asked = without_keys(ranges)
+    for batch in batches_in_order(source, embedding.transform, asked, workers, pinned):
         images = batch.images.to(device, non_blocking=True)
         with autocast(device, embedding.precision):
             features = encoder.embed(images, embedding.layers)

@@ -136,3 +136,52 @@ class LowshotOptions(EvalOptions):
     """how many draws of them, by seeds from --seed on; their mean and spread are told"""
     list: Path | None = None
     """file names of the labelled images, one a line, as 1percent.txt of SimCLR"""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(EvalOptions):
+    """Train encoder and head together on labelled images, and test the classifier.
+
+    Stopped, or killed, it goes on with: ijepa eval finetune --resume FOLDER
+    """
+
+    preset: Literal["small", "lowshot", "lowshot-huge", "full"] = "full"
+    """lowshot: the paper's for 1 % of ImageNet (A.2; -huge for H/14); full: for all of it (D);
+    small: for small networks and images. What is given below wins over it"""
+    output: Path | None = None
+    """folder of the run; default: runs/finetune-TASK-NUMBER"""
+    per_class: int | None = None
+    """train on so many labels a class, drawn by the seed"""
+    list: Path | None = None
+    """train on the images that a list names, one file name a line"""
+    view: Literal["random crop", "flipped crop", "flipped squash", "squash"] | None = None
+    """of a training image; default: flipped squash of rendered images, else random crop"""
+    epochs: int | None = None
+    step_images: int | None = None
+    """images a step; without --lr the learning rate moves along"""
+    lr: float | None = None
+    """of the head, at its peak"""
+    min_lr: float | None = None
+    warmup_epochs: float | None = None
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    """a block's learning rate over the next one's; default of a random network: 1"""
+    drop_path: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    smoothing: float | None = None
+    rand_augment: Literal["none", "rand-m9-mstd0.5-inc1"] | None = None
+    save_every: int = 500
+    """steps between checkpoints"""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Go on with a run of fine-tuning; everything but where it runs stays as it began."""
+
+    resume: Path
+    """folder of the run"""
+    path: Path | None = None
+    """where the data are now"""
+    workers: int | None = None
+    device: Literal["auto", "cpu", "cuda"] | None = None

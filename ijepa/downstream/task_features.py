@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -113,7 +112,11 @@ class ViewedFeatures:
         device = self.encoder.pos_embed.device
         groups = _shuffled(len(self.split), size, seed, epoch)
         at_once = self.embedding.batch_size
-        pieces = [part for rows in groups for part in _cut(rows, at_once)]
+        pieces = [
+            (part, derive_keys(seed, _VIEW_STREAM, epoch, part))
+            for rows in groups
+            for part in _cut(rows, at_once)
+        ]
         workers = self.embedding.workers
         loaded = batches_in_order(
             self.split.source,
@@ -121,7 +124,6 @@ class ViewedFeatures:
             pieces,
             default_workers(device) if workers is None else workers,
             device.type == "cuda",
-            keys_of=partial(derive_keys, seed, _VIEW_STREAM, epoch),
         )
         for rows in groups:
             features, labels = [], []

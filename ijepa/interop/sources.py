@@ -17,6 +17,7 @@ from torch import Tensor
 from ijepa.config import ModelConfig
 from ijepa.data.views import Transform
 from ijepa.evaluate.pretrained import PretrainedEncoder
+from ijepa.interop.classifiers import read_classifier
 from ijepa.interop.released import NETWORKS, read_released
 from ijepa.interop.runs import read_run
 from ijepa.train.checkpoint import METADATA
@@ -33,11 +34,13 @@ class EncoderFiles:
         config: sizes and statistics.
         states: "target_encoder", "context_encoder" or one of them -> its tensors by released name.
         transform: what images are to look like, None where the source says nothing of it.
+        class_names: of a classifier, whose states hold a head.
     """
 
     config: ModelConfig
     states: dict[str, dict[str, Tensor]]
     transform: Transform | None = None
+    class_names: tuple[str, ...] = ()
 
 
 class Kind(NamedTuple):
@@ -64,7 +67,8 @@ def load_pretrained(
     """An encoder to embed images with: in evaluation mode, without gradients, float32.
 
     Args:
-        source: the folder of a run, one of its checkpoints, or a released `.pth.tar` file.
+        source: the folder of a run, one of its checkpoints, or a released `.pth.tar` file. The run
+            may be one of fine-tuning: such an encoder has a head, and `classify`.
         network: the paper evaluates the target encoder (appendix A.2).
         num_heads: of a source that does not say how many it has; default: the ViT of the same
             width's.
@@ -88,7 +92,8 @@ def load_pretrained(
     if num_heads not in (None, files.config.heads):
         raise ValueError(f"{path} says that it has {files.config.heads} heads, not {num_heads}")
     state = {name: tensor.float().clone() for name, tensor in files.states[network].items()}
-    return PretrainedEncoder(files.config, state, files.transform).to(device)
+    encoder = PretrainedEncoder(files.config, state, files.transform, files.class_names)
+    return encoder.to(device)
 
 
 def _kinds() -> str:
@@ -107,7 +112,16 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _read_run(path: Path, _: int | None) -> EncoderFiles:
-    recipe, weights, _folder = read_run(path if path.is_dir() else path.parent)
+    path = path if path.is_dir() else path.parent
+    classifier = read_classifier(path)
+    if classifier is not None:
+        return EncoderFiles(
+            classifier.config,
+            {"target_encoder": classifier.state},
+            classifier.transform,
+            classifier.class_names,
+        )
+    recipe, weights, _folder = read_run(path)
     states = {
         name: {
             key.removeprefix(f"{name}."): tensor

@@ -5,6 +5,7 @@
         trainer.safetensors     optimiser and counters, random states
         checkpoint.json         step, settings, versions, sizes and SHA-256 of the files
     RUN/checkpoints/latest      the newest one's name
+    RUN/checkpoints/best/       the weights alone that scored best on the way
 
 A checkpoint is written into a folder aside, every file and the folder are fsynced, and one rename
 puts it in place; `latest` is replaced likewise. A process killed at any moment leaves the last
@@ -16,10 +17,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,12 @@ from ijepa.versions import versions
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
 KEPT = 2  # checkpoints of a run
-WEIGHTS, STATE, METADATA, LATEST = (
+WEIGHTS, STATE, METADATA, LATEST, BEST = (
     "weights.safetensors",
     "trainer.safetensors",
     "checkpoint.json",
     "latest",
+    "best",
 )
 
 
@@ -85,14 +87,54 @@ def save_checkpoint(
         NotWritten: no room, or writing failed; the checkpoints of before are as they were, and
             nothing of this one is left to fill the disk.
     """
+    root = run_folder / "checkpoints"
+    final = write_checkpoint(root, f"step-{step:08d}", step, weights, state, metadata)
+    make_latest(final)
+    return final
+
+
+def make_latest(checkpoint: Path) -> None:
+    """A whole checkpoint step-<step> is the run's latest now; all but the newest two go.
+
+    Raises:
+        NotWritten: no room to say so.
+    """
+    root = checkpoint.parent
+    try:
+        write_whole(root / LATEST, checkpoint.name + "\n")
+    except OSError as error:
+        raise not_written(checkpoint.name, root, error) from None
+    # By when they were written: of a run that goes on from an older checkpoint, those of higher
+    # steps are the older ones.
+    others = sorted((f for f in checkpoint_folders(root) if f != checkpoint), key=_written)
+    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+        _remove(old)
+
+
+def write_checkpoint(
+    root: Path,
+    name: str,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+) -> Path:
+    """Write `root`/`name` whole, in place of what was there; arguments as for `save_checkpoint`.
+
+    Raises:
+        NotWritten: what was there is as it was.
+    """
     tensors: dict[str, Tensor] = {}
     tree = flatten(state, "", tensors)
     files = {WEIGHTS: _savable(weights), STATE: _savable(tensors)}
-    folder = CheckpointFolder(run_folder, step)
-    with folder.written(bytes_needed(weights) + bytes_needed(tensors)) as aside:
-        for name, content in files.items():
-            save_file(content, aside / name)
-        folder.seal(metadata, tree)
+    folder = CheckpointFolder(root / name)
+    folder.begin(bytes_needed(weights) + bytes_needed(tensors))
+    try:
+        for file, content in files.items():
+            save_file(content, folder.aside / file)
+        folder.seal(step, metadata, tree)
+    except (OSError, SafetensorError) as error:
+        raise folder.given_up(error) from None
     return folder.path
 
 
@@ -100,23 +142,13 @@ class CheckpointFolder:
     """The folder of a checkpoint that is being written.
 
     Attributes:
-        path: where it will be, `run_folder`/checkpoints/step-<step>.
+        path: where it will be.
         aside: where it is until it is whole.
     """
 
-    def __init__(self, run_folder: Path, step: int):
-        self._root, self._step = run_folder / "checkpoints", step
-        self.path = self._root / f"step-{step:08d}"
-        self.aside = self._root / f".{self.path.name}.partial"
-
-    @contextlib.contextmanager
-    def written(self, needed: int) -> Iterator[Path]:
-        """`begin`, and `aside` to write into; where that fails `give_up`."""
-        self.begin(needed)
-        try:
-            yield self.aside
-        except (OSError, SafetensorError) as error:
-            raise self.given_up(error) from None
+    def __init__(self, path: Path):
+        self._root, self.path = path.parent, path
+        self.aside = self._root / f".{path.name}.partial"
 
     def begin(self, needed: int) -> None:
         """Make `aside`; what a killed process left of others goes away.
@@ -141,10 +173,10 @@ class CheckpointFolder:
         shutil.rmtree(self.aside, ignore_errors=True)
         return not_written(self.path.name, self._root, error)
 
-    def seal(self, metadata: dict[str, Any], tree: Any) -> None:
-        """Describe the files in `aside`, put it into its place, and drop all but the newest two."""
+    def seal(self, step: int, metadata: dict[str, Any], tree: Any) -> None:
+        """Describe the files in `aside` and put it into its place, for what was there."""
         root, final, aside = self._root, self.path, self.aside
-        _describe(aside, self._step, metadata, tree)
+        _describe(aside, step, metadata, tree)
         for name in (WEIGHTS, STATE):
             sync(aside / name)
         sync(aside)
@@ -152,11 +184,7 @@ class CheckpointFolder:
             final.rename(root / f".{final.name}.replaced.partial")
         aside.rename(final)
         sync(root)
-        write_whole(root / LATEST, final.name + "\n")
-        # By when they were written: of a run that goes on from an older checkpoint, those of higher
-        # steps are the older ones.
-        others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
-        for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+        for old in root.glob(f".{final.name}.*.partial"):
             _remove(old)
 
 
@@ -224,12 +252,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     try:
         contents = {name: load_file(folder / name) for name in (WEIGHTS, STATE)}
         state = _unflatten(metadata.pop("state"), contents[STATE])
-        step = int(metadata["step"])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
-    return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / METADATA} is damaged: what it says of the state ({error!r})"
+        ) from None
+    return Checkpoint(folder, metadata["step"], metadata, contents[WEIGHTS], state)
 
 
 def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -248,8 +277,6 @@ def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tens
         return folder, metadata, load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -259,11 +286,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         CheckpointError: one of them is missing, damaged or foreign; names it.
     """
     metadata = read_metadata(folder)
-    try:
-        for name in (WEIGHTS, STATE):
-            _verify_file(folder / name, metadata["files"][name])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+    for name in (WEIGHTS, STATE):
+        _verify_file(folder / name, metadata["files"][name])
     return metadata
 
 
@@ -288,7 +312,30 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         )
     if metadata.get("checksum") != _checksum(metadata):
         raise CheckpointError(f"{folder / METADATA} is damaged: its checksum differs")
+    _check_entries(folder / METADATA, metadata)
     return metadata
+
+
+def _check_entries(file: Path, metadata: dict[str, Any]) -> None:
+    """Raise CheckpointError where an entry is of another kind than what is written: the checksum
+    says only that whoever wrote it knew how."""
+    files, seconds = metadata.get("files"), metadata.get("seconds", 0.0)
+    data = metadata.get("data", {})
+    step, images = metadata.get("step"), data.get("images", 1) if isinstance(data, dict) else None
+    fingerprints = [files.get(n) for n in (WEIGHTS, STATE)] if isinstance(files, dict) else [None]
+    kinds = {
+        "step": type(step) is int and step >= 0,
+        "files": all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+                     for entry in fingerprints),
+        "config": isinstance(metadata.get("config", {}), dict),
+        "data": type(images) is int and images > 0,
+        "seconds": isinstance(seconds, int | float) and math.isfinite(seconds),
+        "state": isinstance(metadata.get("state"), dict),
+    }  # fmt: skip
+    for name, fits in kinds.items():
+        if not fits:
+            shown = repr(metadata.get(name))[:80]
+            raise CheckpointError(f"{file} is damaged: {name} cannot be {shown}")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -303,9 +350,10 @@ def find_checkpoint(path: Path) -> Path:
         )
     if (root / LATEST).exists():
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step-\d+", name):  # a path would lead out of the run
+        if not re.fullmatch(r"step-\d{1,18}", name):  # a path would lead out of the run
             raise CheckpointError(
-                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got {name!r}"
+                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, "
+                f"got {name[:80]!r}"
             )
         if not (root / name).is_dir():
             raise CheckpointError(f"{root / LATEST} names {name}, which is not there")
@@ -321,7 +369,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The checkpoints in a run's checkpoints folder, by step; none is opened."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

@@ -97,7 +97,7 @@ def train(run: Run) -> bool:
         try:
             if run.first_step == 0 and monitor.every:
                 with wait.stoppable():
-                    run.panel.look(0)
+                    run.look(0)
             run.progress.begin()
             for done, images, masks in wait.over(run.batches()):
                 with run.first(f"First step, of {train.batch_size:,} images", done):
@@ -107,7 +107,7 @@ def train(run: Run) -> bool:
 
                 if due(monitor.every, done, train.num_steps):
                     with wait.stoppable():
-                        run.panel.look(done)
+                        run.look(done)
                 stopping = vote.any(stop.requested)
                 if stopping or run.saving.due(done):
                     run.figures.observe(late)  # a checkpoint's steps are in the log

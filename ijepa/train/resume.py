@@ -16,7 +16,6 @@ from ijepa.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     read_metadata,
-    verify_checkpoint,
 )
 
 # What may differ when a run is resumed: nothing of it changes the weights that come out, except
@@ -33,6 +32,7 @@ RESUMABLE = (
     "train.tensorboard",
     "monitor.every",
     "monitor.images",
+    "monitor.online_images",
     "monitor.evaluate",
     "monitor.probe_images",
 )
@@ -64,7 +64,7 @@ def _intact_beside(path: Path) -> Iterator[Path]:
         root = path.parent
     for folder in reversed(checkpoint_folders(root)):
         try:
-            verify_checkpoint(folder)
+            load_checkpoint(folder)
         except CheckpointError:
             continue
         yield folder

@@ -22,6 +22,7 @@ from ijepa.train import distributed, from_recipe
 from ijepa.train.checkpoint import Checkpoint
 from ijepa.train.divergence import TooManySkips, WeightsNotFinite
 from ijepa.train.figures import Figures
+from ijepa.train.online import OnlineProbes
 from ijepa.train.panel import RunPanel
 from ijepa.train.prefetch import copied_beside
 from ijepa.train.resume import by_name, check_resumable, run_folder_of
@@ -150,10 +151,12 @@ class Run:
         self.panel = RunPanel(
             recipe,
             source,
-            self.trainer,
             figures=self.figures,
             progress=self.progress,
             console=console,
+        )
+        self._online = OnlineProbes(
+            recipe, source, figures=self.figures, progress=self.progress
         )
         self.saving = Saving(
             recipe,
@@ -175,6 +178,21 @@ class Run:
             self.progress.note(f"Left out, being no readable files: {len(self.left_out)} ({named})")
         if self.recipe.monitor.every and len(self.source) < 2:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
+
+    def look(self, done: int) -> None:
+        """Panel and online probes after `done` steps; the best weights so far are kept.
+
+        By the first rank; all have to ask, for a sharded model is put together.
+        """
+        self.saving.finish()
+        model = self.trainer.whole_model(distributed.is_main())
+        if model is None or not distributed.is_main():
+            return
+        panel = self.panel.look(done, model)
+        score = self._online.look(done, panel, model)
+        if score is not None and done > 0:
+            weights = model.state_dict() if self.trainer.sharded else self.trainer.weights()
+            self.saving.keep_if_best(done, score, weights)
 
     def first(self, what: str, done: int) -> contextlib.AbstractContextManager[None]:
         """Around the first step of this process: says what goes on where it takes a while."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from pathlib import Path
+
+from torch import Tensor
 
 from ijepa.config import Recipe
 from ijepa.recipes import recipe_to_dict
@@ -11,15 +14,19 @@ from ijepa.report.metrics import MetricsWriter
 from ijepa.report.progress import RunProgress
 from ijepa.train import distributed
 from ijepa.train.checkpoint import (
+    BEST,
     Checkpoint,
     CheckpointError,
     random_states,
+    read_metadata,
     save_checkpoint,
     set_random_states,
     take_up,
+    write_checkpoint,
 )
 from ijepa.train.divergence import check_finite
 from ijepa.train.parallel.shard_writer import ShardWriter
+from ijepa.train.online import Score
 from ijepa.train.run_folder import RunFolder
 from ijepa.train.schedules import due
 from ijepa.train.trainer import Trainer
@@ -57,6 +64,7 @@ class Saving:
         self._writer = ShardWriter() if trainer.sharded else None
         self._writing: int | None = None  # the step that the shard writer is at
         self._put_off = False
+        self._best = _best_before(folder.path, saved_step)
         self.unwritten: OSError | None = None
 
     def due(self, done: int) -> bool:
@@ -159,9 +167,51 @@ class Saving:
         self.unwritten = error
         self._progress.note(f"step {done}: NOT SAVED, the next save will try again: {error}")
 
+    def keep_if_best(self, done: int, score: Score, weights: dict[str, Tensor]) -> None:
+        """Put the weights after `done` steps into checkpoints/best, where none scored higher.
+
+        A figure of another kind than before (labels came or went) counts anew. Where there is no
+        room it says so, and the next best is tried.
+        """
+        before = self._best
+        if before is not None and before.figure == score.figure and score.value <= before.value:
+            return
+        if self._metrics is None or self._trainer.consecutive_skips:
+            return
+        check_finite(weights, done)
+        try:
+            write_checkpoint(
+                self._folder.path / "checkpoints",
+                BEST,
+                done,
+                weights=weights,
+                state={},
+                metadata={
+                    "config": recipe_to_dict(self._recipe),
+                    "data": self._data_id,
+                    "score": {"figure": score.figure, "value": score.value},
+                },
+            )
+        except OSError as error:
+            self._progress.note(f"step {done}: the best weights were NOT SAVED: {error}")
+        else:
+            self._best = score
+
     def latest(self) -> str | None:
         """What there is to go on from, as "step 500"; None before the first checkpoint."""
         return None if self._saved_step is None else f"step {self._saved_step}"
+
+
+def _best_before(run_folder: Path, saved_step: int | None) -> Score | None:
+    """The score of the best weights of a run that goes on; None of a new one, or of weights from
+    steps that will be taken again."""
+    try:
+        metadata = read_metadata(run_folder / "checkpoints" / BEST)
+        if saved_step is None or metadata["step"] > saved_step:
+            return None
+        return Score(str(metadata["score"]["figure"]), float(metadata["score"]["value"]))
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None  # there are none, or they are damaged: the next ones take their place
 
 
 def restore(
@@ -180,12 +230,17 @@ def restore(
     Raises:
         CheckpointError: it is of other data, other networks, or a step beyond the last.
     """
+    if "trainer" not in checkpoint.state:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights alone, those that scored best: they can be used, and "
+            f"the run goes on from {checkpoint.path.parent.parent}"
+        )
     _check_data(checkpoint, data_id)
     try:
         trainer.load_weights(checkpoint.weights)
         trainer.load_state_dict(checkpoint.state["trainer"])
         set_random_states(checkpoint.state["random"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from None
     if distributed.is_main():
         take_up(checkpoint.path)

@@ -370,7 +370,7 @@ def _holds_masters(state: dict) -> bool:
 
 
 def _placed(state: dict, optimizer: Optimizer) -> dict:
-    """An optimiser's state with whole tensors replaced by shards where its parameters are shards."""
+    """An optimiser's state, whole tensors replaced by shards where its parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in state["param_groups"] for n in group["params"]]
     if len(parameters) != len(numbers):

@@ -179,8 +179,11 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
         capacity: rows of the packed tensors; rows from `cu_seqlens[-1]` on are padding.
 
     Raises:
-        ValueError: cu_seqlens of another shape or dtype.
+        ValueError: cu_seqlens of another shape or dtype; on the CPU also bounds that decrease, do
+            not start at 0 or leave `capacity`, and lengths over `max_seqlen`.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
@@ -191,6 +194,8 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
     sequence_ids = torch.where(rows < cu_seqlens[-1], sequence_ids, -1).to(torch.int32)
 
     lengths = cu_seqlens.diff()
+    if cu_seqlens.is_cpu and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
+        _check_bounds(cu_seqlens.tolist(), lengths.tolist(), max_seqlen, capacity)
     order = torch.argsort(lengths, descending=True, stable=True)
     return Packing(
         cu_seqlens=cu_seqlens,
@@ -202,6 +207,18 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
         capacity=capacity,
         unique=False,
     )
+
+
+def _check_bounds(
+    bounds: list[int], lengths: list[int], max_seqlen: int, capacity: int
+) -> None:
+    """Raise ValueError for what `packing_from_cu_seqlens` must not be given."""
+    if bounds[0] != 0 or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {bounds[:8]}")
+    if bounds[-1] > capacity:
+        raise ValueError(f"{bounds[-1]} tokens do not fit capacity={capacity}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"a sequence has {max(lengths)} tokens, over max_seqlen={max_seqlen}")
 
 
 def _device_tile_map(lengths: Tensor, order: Tensor, capacity: int, rows: int) -> Tensor:

@@ -221,6 +221,18 @@ def test_what_cannot_be_looked_at_is_named(photos, monkeypatch):
         folder_source(photos / "locked")
 
 
+def test_a_file_too_large_for_memory_is_not_read(photos, monkeypatch):
+    """A hole of three gigabytes was once read into memory."""
+    with (photos / "hole.jpg").open("wb") as file:
+        file.write(b"\xff\xd8\xff")
+        file.truncate(3 << 30)
+    source = folder_source(photos)
+    names = [source.name(index).rpartition("/")[2] for index in range(len(source))]
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ImageError, match="3,221,225,472 bytes, more than the limit of 536,870,912"):
+        source.open(names.index("hole.jpg"))
+
+
 def test_a_folder_of_nothing_but_fifos_says_so(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"no images in .*only other files \(1 FIFO\)"):

@@ -130,6 +130,27 @@ def test_an_old_checkpoint_that_cannot_go_costs_no_save(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("step", "x"), ("step", None), ("step", 12.5), ("step", -1), ("files", 5), ("files", {}),
+        ("config", []), ("data", None), ("data", {"images": "x"}), ("data", {"images": 0}),
+        ("seconds", float("nan")), ("seconds", "x"), ("state", 5), ("state", {}),
+        ("state", {"tensor": "nope"}), ("state", {"dict": 5}),
+        ("state", {"dict": [[[1], {"value": 1}]]}),
+    ],
+)  # fmt: skip
+def test_entries_of_another_kind_are_refused_whoever_wrote_them(tmp_path, entry, value):
+    """With a checksum that fits; some ended in a traceback, and seconds of NaN in no report."""
+    write(tmp_path)
+    file = tmp_path / "checkpoints" / "step-00000005" / "checkpoint.json"
+    metadata = json.loads(file.read_text()) | {entry: value}
+    metadata["checksum"] = module._checksum(metadata)
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.json is damaged: .*{entry}"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
     "name",
     ["../../other/checkpoints/step-00000005", "{other}/step-00000005", "..", "", "step-5/.."],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ijepa.data.decode import MAX_PIXELS, EncodedImage, ImageError
-from ijepa.data.regular_files import open_regular_file
+from ijepa.data.regular_files import open_regular_file, read_regular_file
 from ijepa.data.shards.tar_index import tar_index
 from ijepa.data.sources import FileSource
 
+CLASSES = "classes.json"
 _OPEN_ARCHIVES = 64  # of one process
 
 
@@ -63,7 +65,7 @@ class ShardSource(FileSource):
             root,
             names,
             {"class": labels} if labelled else {},
-            {"class": [str(number) for number in range(int(labels.max()) + 1)]} if labelled else {},
+            {"class": _class_names(root, int(labels.max()) + 1)} if labelled else {},
             channels=channels,
             max_pixels=max_pixels,
             cache_bytes=cache_bytes,
@@ -112,3 +114,14 @@ class ShardSource(FileSource):
         if getattr(self, "_process", None) == os.getpid():
             for descriptor in self._open_archives.values():
                 os.close(descriptor)
+
+
+def _class_names(root: Path, count: int) -> list[str]:
+    """What the numbers mean, of `classes.json` beside the archives; else the numbers."""
+    try:
+        names = json.loads(read_regular_file(root / CLASSES, max_bytes=1 << 26))
+    except (OSError, ValueError, RecursionError):
+        names = None
+    if isinstance(names, list) and len(names) >= count and all(isinstance(n, str) for n in names):
+        return names
+    return [str(number) for number in range(count)]

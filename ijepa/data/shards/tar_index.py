@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ijepa.data.extensions import EXTENSIONS
-from ijepa.data.regular_files import open_regular_file
+from ijepa.data.regular_files import MAX_BYTES, open_regular_file
 from ijepa.disk import NotWritten, written_aside
 from ijepa.printable import printable
 
-MAX_MEMBER_BYTES = 1 << 30  # of one image: it is held in memory
 _MAX_LABEL_BYTES = 64
 _MAX_NAMED = 1000  # of what is left out of one archive
 _FORMAT = 1
@@ -126,8 +125,8 @@ def _scan(archive: Path) -> TarIndex:
                 else:
                     labels[_key(name)] = label
             elif extension in EXTENSIONS and not os.path.basename(name).startswith("."):
-                if member.size > MAX_MEMBER_BYTES:
-                    leave_out(name, f"{member.size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
+                if member.size > MAX_BYTES:
+                    leave_out(name, f"{member.size:,} bytes, more than {MAX_BYTES:,}")
                     continue
                 names.append(name)
                 places.append((member.offset_data, member.size))

@@ -20,6 +20,7 @@ import numpy as np
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data.decode import ImageError
 from ijepa.data.regular_files import read_regular_file
+from ijepa.data.shards.source import CLASSES
 from ijepa.data.sources import FileSource
 from ijepa.disk import write_whole, written_aside
 from ijepa.printable import printable
@@ -75,11 +76,11 @@ def write_shards(
     position = 0
     while position < len(order):
         name = f"shard-{len(written.archives):05d}.tar"
+        before = written.images
         with (
             written_aside(out / name) as aside,
             tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            before = written.images
             while position < len(order):
                 number = int(order[position])
                 data = _readable(source, number, written)
@@ -94,10 +95,13 @@ def write_shards(
                     written.images += 1
                 position += 1
                 told(position)
-        written.archives.append(name)
+        if written.images == before:  # none of the images that were left can be read
+            (out / name).unlink()
+        else:
+            written.archives.append(name)
     names = source.class_names.get("class")
     if names is not None:
-        write_whole(out / "classes.json", json.dumps(list(names), indent=1))
+        write_whole(out / CLASSES, json.dumps(list(names), indent=1))
     return written
 
 

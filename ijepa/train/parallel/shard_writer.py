@@ -27,7 +27,14 @@ from torch.distributed.tensor import DTensor
 
 from ijepa.disk import NotWritten
 from ijepa.train import distributed
-from ijepa.train.checkpoint import STATE, WEIGHTS, CheckpointFolder, bytes_needed, flatten
+from ijepa.train.checkpoint import (
+    STATE,
+    WEIGHTS,
+    CheckpointFolder,
+    bytes_needed,
+    flatten,
+    make_latest,
+)
 from ijepa.train.parallel.assembled_file import assembled_file
 
 _SHARDS = "shards"
@@ -61,7 +68,7 @@ class ShardWriter:
         """
         tensors: dict[str, Tensor] = {}
         tree = flatten(state, "", tensors)  # names begin with /, those of weights do not
-        folder = CheckpointFolder(run_folder, step)
+        folder = CheckpointFolder(run_folder / "checkpoints" / f"step-{step:08d}")
         needed = bytes_needed(weights) + bytes_needed(tensors)
         distributed.on_main(lambda: folder.begin(_COPIES * needed))
         files = {WEIGHTS: weights, STATE: tensors}
@@ -89,7 +96,7 @@ class ShardWriter:
             process_group=self._group,
         )
         self._running = self._thread.submit(
-            _finish, written, folder, like, whole, metadata, tree
+            _finish, written, folder, step, like, whole, metadata, tree
         )
 
     def wait(self) -> None:
@@ -118,6 +125,7 @@ class ShardWriter:
 def _finish(
     written: Future,
     folder: CheckpointFolder,
+    step: int,
     like: dict[str, dict[str, Tensor]],
     whole: dict[str, Tensor],
     metadata: dict[str, Any],
@@ -131,7 +139,8 @@ def _finish(
         for file, tensors in like.items():
             _assemble(folder.aside / file, folder.aside / _SHARDS, tensors, whole)
         shutil.rmtree(folder.aside / _SHARDS)
-        folder.seal(metadata, tree)
+        folder.seal(step, metadata, tree)
+        make_latest(folder.path)
     except (OSError, CheckpointException) as error:
         raise folder.given_up(_cause(error)) from None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from masked_vit_kernels.attention import cpu as cpu_attention
-from masked_vit_kernels.attention.arguments import Side, check_attention
+from masked_vit_kernels.attention.arguments import Side, check_attention, check_bound
 from masked_vit_kernels.attention.backward import backward_launches, backward_scratch
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
@@ -251,17 +251,17 @@ def _attend(
 
     sides: of the queries and of the keys, or one for both.
     """
+    for side in sides:
+        _check_packing(side)
     queries, keys = (
         Sequences.of(side.cu_seqlens, side.max_seqlen, side.packing)
         for side in (sides[0], sides[-1])
     )
     x, y, z = inputs[0], *(*inputs[1:], None, None)[:2]
     q, k, _ = _split(x, y, z)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    for side in sides:
-        _check_packing(side)
     _check(inputs, q, k, queries, keys)
     check_attention(q.shape[2], softmax_scale, *sides)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not runs_kernels(q.device):
         out, lse = cpu_attention.attend(inputs, queries.cu_seqlens, keys.cu_seqlens, scale)
         return (out, lse) if return_lse else out
@@ -293,6 +293,8 @@ def _check(
     keys: Sequences,
 ) -> None:
     """What holds on every device."""
+    if q.shape[1] < 1:  # torch's CPU attention ends the process over none
+        raise ValueError(f"H must be at least 1, got {q.shape[1]}")
     for tensor in inputs:
         check_dtype("the attention's inputs", tensor, (*TRITON_DTYPES, torch.float64))
     if len({tensor.dtype for tensor in inputs}) > 1:
@@ -306,16 +308,16 @@ def _check(
             f"got {queries.count} and {keys.count}"
         )
     check_same_device("q", q, k=k, cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens)
-    if min(queries.max_seqlen, keys.max_seqlen) < 0:
-        raise ValueError(
-            f"max_seqlen must not be negative, got {queries.max_seqlen}, {keys.max_seqlen}"
-        )
 
 
 def _check_packing(side: Side) -> None:
     packing = side.packing
     if packing is None:
         return
+    if not isinstance(packing, Packing):
+        kind = type(packing).__name__
+        raise TypeError(f"packing{side.suffix} must be a Packing, got {kind}")
+    check_bound(side)
     if packing.capacity != side.rows or packing.max_seqlen > side.max_seqlen:
         raise ValueError(
             f"packing{side.suffix} describes {packing.capacity} rows in sequences up to "

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from masked_vit_kernels.checks import check_dtype, check_same_device
+from masked_vit_kernels.checks import check_dtype, check_same_device, check_shape
 from masked_vit_kernels.launch import runs_kernels, table_capability
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.tokens import cpu
@@ -344,7 +344,7 @@ def embed_visible_patches(
 
     Args:
         images: (B, C, Hi, Wi) uint8, bf16, fp16 or fp32, any strides. uint8 pixels are divided
-            by 255; then mean and std apply, to float images too.
+            by 255; then mean and std apply, to float images too. On the CPU also float64.
         weight: (D, C, ph, pw), as of a convolution with stride (ph, pw).
         bias: (D,) or None. pos_embed: (N, D) or (1, N, D) in raster order, or None.
         indices: int32 or int64 patch ids, -1 for padding: (B, K), or (capacity,) with `packing`;
@@ -361,12 +361,17 @@ def embed_visible_patches(
         ValueError: shapes that do not fit. IndexError: an id outside [-1, N), on the CPU; on CUDA
         such an id counts as padding.
     """
-    if weight.ndim != 4:
-        raise ValueError(f"weight must have shape (D, C, ph, pw), got {tuple(weight.shape)}")
-    _check_images(images, weight)
     check_same_device(
         "images", images, weight=weight, bias=bias, pos_embed=pos_embed, indices=indices
     )
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(f"weight must have shape (D, C, ph, pw), got {tuple(weight.shape)}")
+    _check_images(images, weight)
+    by_kernels = runs_kernels(images.device)
+    # In float64 tests hold the CPU path to the reference; it has no kernel.
+    check_dtype("images", images, IMAGE_DTYPES if by_kernels else (*IMAGE_DTYPES, torch.float64))
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1], f"({weight.shape[0]},)")
     _check_channel_values("mean", mean, images.shape[1])
     _check_channel_values("std", std, images.shape[1])
     batch, (width, _, ph, pw) = images.shape[0], weight.shape
@@ -379,12 +384,11 @@ def embed_visible_patches(
         index, shape = RowIndex(None, None, num_tokens, 1), torch.Size((batch, num_tokens))
     else:
         index, shape = row_index(indices, packing, batch), indices.shape
-    if not runs_kernels(images.device):
+    if not by_kernels:
         return cpu.embed_visible_patches(
             images, weight, bias, pos_embed, indices, packing, mean=mean, std=std
         )
 
-    check_dtype("images", images, IMAGE_DTYPES)
     device_type = images.device.type
     # Asked of a device type without autocast (meta) torch raises, and torch.compile cannot trace
     # the question whether there is one.

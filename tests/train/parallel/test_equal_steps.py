@@ -59,8 +59,8 @@ def alone():
 def test_ranks_take_the_steps_of_one_process(ranks, alone, tmp_path):
     cases = [case for case in CASES if ranks == 4 or case[0] != "hsdp"]
     results = on_ranks(train_all, ranks, tmp_path, cases)
-    for number, (parallel, accumulate, precision, compile) in enumerate(cases):
-        case = f"{ranks} ranks, {parallel}, {accumulate} micro-batches, {precision}"
+    for number, (parallel, accumulate, precision, compiled) in enumerate(cases):
+        case = f"{ranks} ranks, {parallel}, {accumulate} micro-batches, {precision}, {compiled=}"
         mine = [result[number] for result in results]
         # shards know one kind of bfloat16: rounded copies of float32 weights
         rounded = "bf16-params" if parallel != "ddp" and precision != "fp32" else precision

@@ -31,15 +31,11 @@ def profiled_step(accumulate: int) -> dict:
         step(trainer, 2, accumulate)
     torch.Tensor.backward = backward
     found = {"backward": [], "buckets": [], "elements": 0}
-    import os
-    if os.environ.get("DBG") and accumulate==1:
-        for event in seen.events():
-            if "reduce" in event.name: print(event.name, event.input_shapes, event.time_range, event.thread)
     for event in seen.events():
         times = [event.time_range.start, event.time_range.end]
         if event.name == "backward pass":
             found["backward"].append(times)
-        elif event.name == "gloo:all_reduce" and event.input_shapes and event.input_shapes[0] and event.input_shapes[0][0] > 16:
+        elif event.name == "gloo:all_reduce" and event.input_shapes[0]:  # no scalar
             found["buckets"].append(times)
             found["elements"] += event.input_shapes[0][0]
     found["share"] = found["elements"] / whole_gradients

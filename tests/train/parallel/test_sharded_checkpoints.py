@@ -68,7 +68,8 @@ def save_and_load(saved: list, loaded: list) -> list:
 
 def test_any_number_of_ranks_goes_on_from_any_other(tmp_path):
     written, read = {}, {}
-    for ranks, saves, loads in [(4, True, False), (2, True, True), (1, True, True), (4, False, True)]:
+    launches = [(4, True, False), (2, True, True), (1, True, True), (4, False, True)]
+    for ranks, saves, loads in launches:
         saved = [
             (parallel, precision, str(tmp_path / f"{n}-{parallel}-{precision}"))
             for n, parallel in WRITERS
