@@ -1,4 +1,4 @@
-"""The command line: `ijepa pretrain | embed | neighbours | eval | plan | doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | eval | data | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
+  ijepa data shard FOLDER OUT                       images as tar files
+  ijepa data check PATH                             counts, sizes, unreadable images, colours
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
@@ -153,6 +155,13 @@ def plan_command(arguments: list[str]) -> int:
     return 0
 
 
+def data_command(arguments: list[str]) -> int:
+    """`ijepa data shard FOLDER OUT | check PATH`."""
+    from ijepa.data.commands import data_command as run
+
+    return run(arguments)
+
+
 def doctor_command(arguments: list[str]) -> int:
     """`ijepa doctor`."""
     if _asks_for_help(arguments):
@@ -171,6 +180,7 @@ COMMANDS = {
     "embed": embed_command,
     "neighbours": neighbours_command,
     "eval": eval_command,
+    "data": data_command,
     "plan": plan_command,
     "doctor": doctor_command,
 }

@@ -89,7 +89,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "positions", "evaluate", "report", "train", "interop", "visualize",
         },
         "doctor": {"versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
+        "cli": {
+            FACE, "config", "recipes", "data", "cost", "report", "train", "downstream", "doctor",
+        },
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.

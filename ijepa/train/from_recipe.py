@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ijepa.config import Recipe
-from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.cost.memory import count_parameters, state_bytes
+from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data import build_source, load_batch
 from ijepa.data.batch import batch_labels
 from ijepa.data.sources import ImageSource

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from ijepa.train.checkpoint import (
     write_checkpoint,
 )
 from ijepa.train.divergence import check_finite
-from ijepa.train.parallel.shard_writer import ShardWriter
 from ijepa.train.online import Score
+from ijepa.train.parallel.shard_writer import ShardWriter
 from ijepa.train.run_folder import RunFolder
 from ijepa.train.schedules import due
 from ijepa.train.trainer import Trainer

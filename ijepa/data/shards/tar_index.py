@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ijepa.data.extensions import EXTENSIONS
+from ijepa.data.packed_strings import joined, split
 from ijepa.data.regular_files import MAX_BYTES, open_regular_file
 from ijepa.disk import NotWritten, written_aside
 from ijepa.printable import printable
@@ -106,7 +107,9 @@ def _scan(archive: Path) -> TarIndex:
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 leave_out("", f"damaged at byte {position:,}: {error}; what follows is lost")
                 break
-            if member is None:
+            if member is None:  # also where the next header is none: tarfile does not tell
+                if os.pread(descriptor, tarfile.BLOCKSIZE, position) != bytes(tarfile.BLOCKSIZE):
+                    leave_out("", f"damaged at byte {position:,}: what follows is lost")
                 break
             tar.members = []  # it would keep them all
             name = member.name
@@ -174,8 +177,8 @@ def _keep(index: TarIndex, path: Path) -> None:
                 offsets=index.offsets,
                 sizes=index.sizes,
                 labels=index.labels,
-                names=_joined(index.names),
-                left_out=_joined(index.left_out),
+                names=joined(index.names),
+                left_out=joined(index.left_out),
             )
     except (OSError, NotWritten):
         return  # an index that is not kept is made again: said where `cache` is described
@@ -188,21 +191,10 @@ def _load(path: Path) -> TarIndex | None:
             if int(kept["format"]) != _FORMAT:
                 return None
             identity = kept["identity"].tolist()
-            names, left_out = _split(kept["names"]), _split(kept["left_out"])
+            names, left_out = split(kept["names"]), split(kept["left_out"])
             arrays = [kept[name].astype(np.int64) for name in ("offsets", "sizes", "labels")]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     if any(array.shape != (len(names),) for array in arrays):
         return None
     return TarIndex(names, *arrays, left_out, *identity)
-
-
-def _joined(strings: list[str]) -> np.ndarray:
-    """Strings as bytes that a NUL ends, which no name holds."""
-    data = b"".join(s.encode("utf-8", "surrogateescape") + b"\0" for s in strings)
-    return np.frombuffer(data, dtype=np.uint8)
-
-
-def _split(data: np.ndarray) -> list[str]:
-    pieces = data.tobytes().split(b"\0")[:-1]
-    return [piece.decode("utf-8", "surrogateescape") for piece in pieces]

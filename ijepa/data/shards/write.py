@@ -54,8 +54,8 @@ def write_shards(
 ) -> Written:
     """Write the images of `source` into `out`/shard-00000.tar, ...
 
-    What is written is a function of the images, `shard_bytes` and `seed` alone: no times, no owners.
-    An archive has its name once it is whole.
+    What is written is a function of the images, `shard_bytes` and `seed` alone: no times, no
+    owners. An archive has its name once it is whole.
 
     Args:
         out: a new or empty folder.

@@ -84,10 +84,7 @@ class ShardWriter:
             for name, tensor in content.items()
             if not isinstance(tensor, DTensor)
         }
-        like = {
-            file: {name: torch.empty_like(tensor, device="meta") for name, tensor in content.items()}
-            for file, content in files.items()
-        }
+        like = {file: _without_values(content) for file, content in files.items()}
         written = async_save(
             shards,
             storage_writer=HuggingFaceStorageWriter(
@@ -143,6 +140,14 @@ def _finish(
         make_latest(folder.path)
     except (OSError, CheckpointException) as error:
         raise folder.given_up(_cause(error)) from None
+
+
+def _without_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole shapes and dtypes."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
 
 
 def _assemble(
