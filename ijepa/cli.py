@@ -35,7 +35,7 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
   ijepa data shard FOLDER OUT                       images as tar files
   ijepa data check PATH                             counts, sizes, unreadable images, colours
-  ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
+  ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s, days; what sending costs
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
 
@@ -48,6 +48,7 @@ ijepa plan RECIPE [options] [--table.key VALUE ...]: what a recipe takes before 
   --gpu NAME        {gpus}; default h200
   --mfu SHARE       of the GPU's matmul rate that is reached, 0 to 1, default 0.5
   --num-images N    of the training set, default ImageNet-1k's for a recipe of a folder
+  --plot FILE       draw images/s over GPUs
 
 settings: ijepa pretrain RECIPE --help
 recipes: {recipes}
@@ -123,7 +124,7 @@ def pretrain_command(arguments: list[str]) -> int:
 
 
 def plan_command(arguments: list[str]) -> int:
-    """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
+    """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [--plot FILE]`."""
     if _asks_for_help(arguments):
         from ijepa.cost.gpus import GPUS
 
@@ -133,6 +134,7 @@ def plan_command(arguments: list[str]) -> int:
     gpu, arguments = _take_option(arguments, "--gpu")
     mfu, arguments = _take_option(arguments, "--mfu")
     num_images, arguments = _take_option(arguments, "--num-images")
+    plot, arguments = _take_option(arguments, "--plot", "a file")
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
             "ijepa plan needs a recipe: ijepa plan RECIPE [--gpus 8] [--gpu h200] [--mfu 0.5] "
@@ -143,6 +145,7 @@ def plan_command(arguments: list[str]) -> int:
     recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
 
     from ijepa.cost.plan import plan_recipe, render_plan
+    from ijepa.cost.scaling import advice, draw_scaling, render_scaling
 
     plan = plan_recipe(
         recipe,
@@ -151,7 +154,13 @@ def plan_command(arguments: list[str]) -> int:
         mfu=_number("--mfu", mfu, float),
         num_images=_number("--num-images", num_images, int),
     )
-    Console().print(render_plan(plan))
+    console = Console()
+    console.print(render_plan(plan))
+    if plan.gpus > 1:
+        console.print(render_scaling(recipe, plan.gpu, plan.points))
+        console.print(advice(plan.points, plan.room), highlight=False, soft_wrap=True)
+    if plot is not None:
+        draw_scaling(recipe, plan.points, Path(plot))
     return 0
 
 

@@ -75,7 +75,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
         "visualize": {"masks"},
-        "cost": {"config", "counter_rng", "masks", "recipes"},
+        "cost": {"config", "counter_rng", "disk", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
         "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
