@@ -1,15 +1,15 @@
 """Which figure that needs no labels follows the accuracy of online probes over a run?
 
-    python -m bench.label_free RUN_FOLDER [RUN_FOLDER ...]
+    python -m bench.label_free [--by knn] RUN_FOLDER [RUN_FOLDER ...]
 
 Reads the runs' metrics.jsonl. For each figure of the panel, and the loss: Spearman's rank
-correlation with `online_linear` over the looks within each run (mean over the runs), and over the
-last looks of all runs together where there are more than two.
+correlation with `online_linear`, or with another figure, over the looks within each run (mean over
+the runs), and over the last looks of all runs together where there are more than two.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +22,6 @@ FIGURES = (
     "effective_rank", "feature_std", "lowest_std", "cosine", "r2", "position_share",
     "image_share", "interaction_share", "encoder_grad_norm", "loss",
 )  # fmt: skip
-ACCURACY = "online_linear"
 
 
 def ranks(values: ArrayLike) -> np.ndarray:
@@ -39,36 +38,38 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
     return float(a @ b / length) if length > 0 else float("nan")
 
 
-def looks(run: Path) -> list[dict[str, float]]:
+def looks(run: Path, accuracy: str) -> list[dict[str, float]]:
     """The figures of every look after the first step, of one step together."""
     steps: dict[int, dict[str, float]] = {}
     for line in read_metrics(run):
         steps.setdefault(line["step"], {}).update(line)
-    return [figures for step, figures in sorted(steps.items()) if step and ACCURACY in figures]
+    return [figures for step, figures in sorted(steps.items()) if step and accuracy in figures]
 
 
-def main(runs: Sequence[str]) -> None:
-    found = [looks(Path(run)) for run in runs]
+def main(runs: Sequence[str], accuracy: str = "online_linear") -> None:
+    found = [looks(Path(run), accuracy) for run in runs]
     print(f"{len(runs)} runs, {[len(run) for run in found]} looks; accuracies at the end "
-          f"{[round(run[-1][ACCURACY], 3) for run in found]}")  # fmt: skip
+          f"{[round(run[-1][accuracy], 3) for run in found]}")  # fmt: skip
     print("| figure | within a run, mean (each) | over the runs' ends |\n| --- | --- | --- |")
     for figure in FIGURES:
         each = []
         for run in found:
             known = [look for look in run if figure in look]
             if len(known) > 2:
-                pair = [look[figure] for look in known], [look[ACCURACY] for look in known]
+                pair = [look[figure] for look in known], [look[accuracy] for look in known]
                 each.append(spearman(*pair))
         ends = [run[-1] for run in found if figure in run[-1]]
         over = "-"
         if len(ends) > 2:
-            over = f"{spearman([e[figure] for e in ends], [e[ACCURACY] for e in ends]):+.2f}"
+            over = f"{spearman([e[figure] for e in ends], [e[accuracy] for e in ends]):+.2f}"
         if each:
             listed = ", ".join(f"{value:+.2f}" for value in each)
             print(f"| {figure} | {np.mean(each):+.2f} ({listed}) | {over} |")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--by", default="online_linear", help="the accuracy to follow")
+    given = parser.parse_args()
+    main(given.runs, given.by)

@@ -1,8 +1,11 @@
-"""The command line: `ijepa pretrain | embed | neighbours | eval | data | plan | doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | eval | convert | report | visualize |
+ablate | sweep | data | plan | doctor`."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +14,15 @@ import tyro
 from rich.console import Console
 
 from ijepa import __version__
+from ijepa.ablate.commands import ablate_command, sweep_command
 from ijepa.config import Recipe
-from ijepa.downstream.commands import embed_command, eval_command, neighbours_command
+from ijepa.downstream.commands import (
+    convert_command,
+    embed_command,
+    eval_command,
+    neighbours_command,
+)
+from ijepa.downstream.seeing.commands import report_command, visualize_command
 from ijepa.recipes import (
     check_known,
     check_setting,
@@ -27,12 +37,20 @@ from ijepa.report.console import RunConsole, say_any_name, stop_listening_to
 USAGE = """\
 ijepa: self-supervised pretraining of vision transformers by predicting in latent space
 
+  ijepa pretrain --data.path FOLDER [--hours H]     train on your images: a recipe is made for them
+                                                    and this machine; --dry-run only prints it
   ijepa pretrain [RECIPE] [--table.key VALUE ...]   train; RECIPE is a name or a TOML file
   ijepa pretrain [RECIPE] --help                    all settings with their values there
   ijepa pretrain --resume RUN_FOLDER                go on where a run stopped
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
+  ijepa convert SOURCE OUT --to transformers        or timm, released, safetensors, onnx
+  ijepa report RUN...                               one HTML file: curves, panel, probes, pictures
+  ijepa visualize WHAT SOURCE                       masks, pca, attention, neighbours, predictor,
+                                                    rcdm: pictures as PNG files
+  ijepa ablate TABLE                                the paper's Tables 6 to 14 on small runs
+  ijepa sweep RECIPE --vary table.key=value,value   a grid of your own
   ijepa data shard FOLDER OUT                       images as tar files
   ijepa data check PATH                             counts, sizes, unreadable images, colours
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s, days; what sending costs
@@ -95,16 +113,30 @@ def _complain(message: str, error: BaseException) -> None:
 
 
 def pretrain_command(arguments: list[str]) -> int:
-    """`ijepa pretrain [RECIPE] [--resume RUN_FOLDER] [--table.key VALUE ...]`."""
+    """`ijepa pretrain [RECIPE | --data.path FOLDER [--hours H] [--dry-run]] [--resume RUN_FOLDER]
+    [--table.key VALUE ...]`."""
     resume, arguments = _take_option(arguments, "--resume", "a run's folder")
+    hours, arguments = _take_option(arguments, "--hours", "a number of hours")
+    dry_run = "--dry-run" in arguments
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
     if resume is None:
         resume = _begun_before_a_restart(arguments)
     name = None
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
     given = _given_settings(arguments)
+    proposes = name is None and resume is None and _wants_a_recipe_for_a_folder(arguments, given)
+    if (dry_run or hours is not None) and not proposes:
+        raise ValueError(
+            "--hours and --dry-run are for a recipe that is made for a folder of images: "
+            "ijepa pretrain --data.path FOLDER, without a recipe's name"
+        )
     if resume is not None:
         recipe, checkpoint = _resumed(resume, name, arguments, given)
+    elif proposes:
+        recipe, checkpoint = _proposed(arguments, hours, dry_run), None
+        if recipe is None:
+            return 0
     else:
         name = DEFAULT_RECIPE if name is None else name
         recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
@@ -189,6 +221,11 @@ COMMANDS = {
     "embed": embed_command,
     "neighbours": neighbours_command,
     "eval": eval_command,
+    "convert": convert_command,
+    "report": report_command,
+    "visualize": visualize_command,
+    "ablate": ablate_command,
+    "sweep": sweep_command,
     "data": data_command,
     "plan": plan_command,
     "doctor": doctor_command,
@@ -214,6 +251,43 @@ def _resumed(folder: str, name: str | None, arguments: list[str], given: list[st
     checkpoint = load_to_resume(Path(folder))
     recipe = with_settings(saved_recipe(checkpoint, name), implied_settings(given))
     return _override(recipe, arguments, f"--resume {folder}"), checkpoint
+
+
+def _wants_a_recipe_for_a_folder(arguments: list[str], given: list[str]) -> bool:
+    return "data.path" in given and "data.source" not in given and not _asks_for_help(arguments)
+
+
+def _proposed(arguments: list[str], hours: str | None, dry_run: bool) -> Recipe | None:
+    """The recipe for `--data.path FOLDER`, written beside where the command runs; None where it is
+    only printed."""
+    from ijepa.propose.command import propose
+    from ijepa.propose.recipe_file import recipe_name, write_beside_others
+    from ijepa.train.distributed import launched_with_others
+
+    folder, others = _take_option(arguments, "--data.path", "a folder of images")
+    assert folder is not None  # it is among the given settings
+    words = shlex.join(["ijepa", "pretrain", "--data.path", folder, "--dry-run"])
+    if launched_with_others():
+        raise ValueError(
+            f"a recipe is made by one process: first `{words} > my.toml`, then pretrain my.toml "
+            "under torchrun"
+        )
+    device, _ = _take_option(others, "--train.device")
+    proposal = propose(
+        folder,
+        hours=_number("--hours", hours, float),
+        device=device or "auto",
+        override=lambda recipe: _override(recipe, others, f"--data.path {folder}"),
+        given=_given_settings(others),
+        console=Console(stderr=True),
+    )
+    if dry_run:
+        print(proposal.text, end="")
+        return None
+    path = write_beside_others(proposal.text, Path.cwd(), recipe_name(folder))
+    again = f"`ijepa pretrain {path.name}` begins it again"
+    print(f"{proposal.text}\nWritten to {path.name}; {again}.\n", flush=True)
+    return dataclasses.replace(proposal.recipe, name=path.stem)
 
 
 def _override(recipe: Recipe, arguments: list[str], title: str) -> Recipe:

@@ -459,7 +459,7 @@ class MonitorConfig:
 
     every: int = 250
     images: int = 512
-    online_images: int = 2000
+    online_images: int = 1000
     evaluate: bool = True
     probe_images: int = 10_000
 

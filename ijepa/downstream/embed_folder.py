@@ -83,6 +83,9 @@ def embed_folder(options: EmbedOptions) -> None:
             speed = "" if rate is None else f", {rate:,.0f} a second"
             _say(console, f"{done.rows:,} images{speed}: {options.out / FEATURES}")
             _tell_unreadable(console, done.unreadable)
+    except Exception as error:
+        distributed.leave(f"{type(error).__name__}: {error}")
+        raise
     finally:
         distributed.stop()
 

@@ -59,7 +59,8 @@ def measure_learning(model: IJEPA, batches: list[tuple[Tensor, MaskBatch]]) -> L
     image_means, error = [], 0.0
     with torch.no_grad():
         for images, masks in batches:
-            every = _normalised(model.patch_targets(images), model.config.target_norm)  # (B, N, D)
+            patches = model.patch_targets(images)
+            every = normalised_targets(patches, model.config.target_norm)  # (B, N, D)
             everywhere = torch.arange(every.shape[1], device=every.device).repeat(every.shape[0])
             positions.add(every.flatten(0, 1), everywhere)
             image_means.append(every.mean(dim=1))
@@ -69,7 +70,7 @@ def measure_learning(model: IJEPA, batches: list[tuple[Tensor, MaskBatch]]) -> L
                 targets = every.flatten(0, 1)[target_rows[valid]]
             else:
                 taken = features.flatten(0, -2)[target_rows[valid]]
-                targets = _normalised(taken, model.config.target_norm)
+                targets = normalised_targets(taken, model.config.target_norm)
             rows.add(targets, masks.targets[valid])
             predictions = model.predict(images, masks)[valid]
             error += (predictions.double() - targets.double()).square().sum().item()
@@ -133,7 +134,7 @@ class _Sums:
         return position, image, total
 
 
-def _normalised(targets: Tensor, norm: str) -> Tensor:
+def normalised_targets(targets: Tensor, norm: str) -> Tensor:
     """(B, N, D), or (R, D) unless the norm is over patches, as the loss takes them."""
     targets = targets.float()
     if norm == "layer":

@@ -19,10 +19,11 @@ from ijepa.evaluate.closing import ProbeRow
 from ijepa.evaluate.warnings import learning_warnings
 from ijepa.printable import printable
 from ijepa.report.metrics import read_metrics
+from ijepa.report.probes import Probes, write_probes
 from ijepa.report.progress import format_seconds
 from ijepa.versions import versions
 
-PROBES = ("linear probe", "kNN", "whitened kNN")  # columns of the closing table, once a task
+PROBES = ("linear probe", "whitened kNN", "kNN")  # columns of the closing table, once a task
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 
 
@@ -84,13 +85,15 @@ def write_report(report: RunReport, mask_examples: np.ndarray) -> None:
 
 
 def write_summary(report: RunReport) -> None:
-    """Write summary.md into the run's folder.
+    """Write summary.md, and probes.json where there are probes, into the run's folder.
 
     Raises:
         NotWritten: there is no room; the old one, if any, is as it was.
     """
     text = summary_text(report, read_metrics(report.folder), _plots())
     write_whole(report.folder / "summary.md", text)
+    if report.probes:
+        write_probes(report.folder, Probes(report.chance, report.probes))
 
 
 def show_incidents(report: RunReport, console: Console) -> None:
@@ -123,7 +126,7 @@ def _plots() -> bool:
 
 def closing_rich_table(report: RunReport) -> Table:
     """The probes as a table for the terminal; the pretrained rows stand out."""
-    header, *rows = _probe_cells(report)
+    header, *rows = probe_cells(Probes(report.chance, report.probes))
     table = Table(title="Accuracy on held-out images", title_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left")
@@ -132,22 +135,22 @@ def closing_rich_table(report: RunReport) -> Table:
     return table
 
 
-def _probe_cells(report: RunReport) -> list[list[str]]:
+def probe_cells(probes: Probes) -> list[list[str]]:
     """Header and rows of the closing table; the last row is guessing."""
-    tasks = list(report.chance)
+    tasks = list(probes.chance)
     header = ["features of"]
     for task in tasks:
         prefix = f"{task}: " if len(tasks) > 1 else ""
         header += [f"{prefix}{probe}" for probe in PROBES]
     cells = [header]
-    for row in report.probes:
+    for row in probes.rows:
         if not row.scores:
             cells.append([row.features, *["not finite"] * (len(PROBES) * len(tasks))])
             continue
         scores = [row.scores[task] for task in tasks]
-        values = [v for score in scores for v in (score.linear, score.knn, score.whitened_knn)]
+        values = [v for score in scores for v in (score.linear, score.whitened_knn, score.knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
-    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in PROBES]
+    guesses = [f"{100 * probes.chance[task]:.1f} %" for task in tasks for _ in PROBES]
     return [*cells, ["always the commonest class", *guesses]]
 
 
@@ -163,7 +166,7 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
         f"{steps * batch / max(report.seconds, 1e-9):,.0f} images/s with the panels counted in.",
     ]
     if report.probes:
-        header, *rows = _probe_cells(report)
+        header, *rows = probe_cells(Probes(report.chance, report.probes))
         parts += [
             f"## Accuracy on held-out images ({', '.join(report.chance)})",
             _markdown_table(header, rows),

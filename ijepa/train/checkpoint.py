@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ijepa.disk import NotWritten, not_written, require_space, sync, write_whole
+from ijepa.machine import hardware
 from ijepa.versions import versions
 
 FORMAT = "ijepa-checkpoint"
@@ -234,6 +235,7 @@ def _describe(folder: Path, step: int, metadata: dict[str, Any], tree: Any) -> N
         "step": step,
         "files": {name: _fingerprint(folder / name) for name in (WEIGHTS, STATE)},
         "versions": versions(),
+        "machine": hardware(),
         **metadata,
         "state": tree,
     }

@@ -30,7 +30,7 @@ def start(device: torch.device) -> torch.device:
 
     Without RANK and WORLD_SIZE in the environment nothing happens.
     """
-    if not _launched_with_others():
+    if not launched_with_others():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -47,13 +47,14 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def _launched_with_others() -> bool:
+def launched_with_others() -> bool:
+    """Whether torchrun started several processes of which this is one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def launched_rank() -> int:
     """This process's number as it was started, also where there is no process group (any more)."""
-    return int(os.environ["RANK"]) if _launched_with_others() else 0
+    return int(os.environ["RANK"]) if launched_with_others() else 0
 
 
 def stop() -> None:

@@ -109,8 +109,13 @@ def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> Labe
         train_labels = {task: values[held_out:] for task, values in labels.items()}
         test_labels = {task: values[:held_out] for task, values in labels.items()}
         return LabelledImages(parts[0], train_labels, parts[1], test_labels)
-    test = _build(recipe, held_out, _HELD_OUT_SET, progress)
+    test = held_out_source(recipe, progress)
     return LabelledImages(*load_subset(source, view, fitted), *load_subset(test, view, held_out))
+
+
+def held_out_source(recipe: Recipe, progress: bool) -> ImageSource:
+    """Rendered images that no run is trained on, as many as the recipe keeps for its probes."""
+    return _build(recipe, recipe.data.num_held_out, _HELD_OUT_SET, progress)
 
 
 def _build(recipe: Recipe, num_images: int, seed: int, progress: bool) -> ImageSource:
