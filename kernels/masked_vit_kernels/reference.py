@@ -266,7 +266,7 @@ def latent_prediction_loss(
         distances = 1 - dots / (lengths[0] * lengths[1])
     total = distances.sum()
     if denominator is None:
-        denominator = max(distances.numel(), 1)
+        denominator = total.new_tensor(max(distances.numel(), 1))
     return total / denominator
 
 
