@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 from ijepa import cli
+from ijepa.train.checkpoint import LATEST
 
 ROWS = ("knn", "linear", "lowshot", "few", "all")
 NAMES = {
@@ -50,9 +51,14 @@ def run(source: str, task: str, out: Path, row: str, random: bool, seeds: int, e
         command += ["--random-network"] if random else []
         print("ijepa", shlex.join(command), flush=True)
         if not result.exists():
-            output = ["--output", str(out / "runs" / result.stem)] if protocol == "finetune" else []
-            if cli.main([*command, *output, "--out", str(result)]):
-                raise SystemExit(f"{result.stem} failed")
+            folder = out / "runs" / result.stem
+            if (folder / "checkpoints" / LATEST).exists():  # stopped on its way
+                command = ["eval", "finetune", "--resume", str(folder)]
+            else:
+                command += ["--output", str(folder)] if protocol == "finetune" else []
+                command += ["--out", str(result)]
+            if cli.main(command) or not result.exists():
+                raise SystemExit(f"{result.stem} is not finished")
         found = json.loads(result.read_text())
         accuracies += found["best"]["draws"] or [found["best"]["accuracy"]]
         interval = tuple(found["interval_95"])

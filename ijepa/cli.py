@@ -1,5 +1,5 @@
 """The command line: `ijepa pretrain | embed | neighbours | eval | convert | report | visualize |
-plan | doctor`."""
+ablate | sweep | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from ijepa import __version__
+from ijepa.ablate.commands import ablate_command, sweep_command
 from ijepa.config import Recipe
 from ijepa.downstream.commands import (
     convert_command,
@@ -45,7 +46,10 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
   ijepa convert SOURCE OUT --to transformers        or timm, released, safetensors, onnx
   ijepa report RUN...                               one HTML file: curves, panel, probes, pictures
-  ijepa visualize masks|pca|attention|neighbours|predictor SOURCE   the pictures as PNG files
+  ijepa visualize WHAT SOURCE                       masks, pca, attention, neighbours, predictor,
+                                                    rcdm: pictures as PNG files
+  ijepa ablate TABLE                                the paper's Tables 6 to 14 on small runs
+  ijepa sweep RECIPE --vary table.key=value,value   a grid of your own
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
@@ -197,6 +201,8 @@ COMMANDS = {
     "convert": convert_command,
     "report": report_command,
     "visualize": visualize_command,
+    "ablate": ablate_command,
+    "sweep": sweep_command,
     "plan": plan_command,
     "doctor": doctor_command,
 }

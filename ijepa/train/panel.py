@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ijepa.config import Recipe
 from ijepa.data.sources import ImageSource
-from ijepa.evaluate.collapse import Panel, collapse_panel, panel_line
+from ijepa.evaluate.collapse import collapse_panel, panel_line
 from ijepa.evaluate.features import encoder_features
 from ijepa.evaluate.learning import learning_line, measure_learning
 from ijepa.evaluate.warnings import learning_warnings
@@ -48,15 +49,15 @@ class RunPanel:
         self._masks: list[MaskBatch] | None = None
         self._warned: set[str] = set()
 
-    def look(self, done: int) -> Panel | None:
-        """Show and write down the panel after `done` steps, on the first rank; None elsewhere, and
-        where there is nothing to compare."""
+    def look(self, done: int) -> dict[str, Any] | None:
+        """Show and write down the panel after `done` steps, on the first rank; its figures. None
+        elsewhere, and where there is nothing to compare."""
         if not distributed.is_main():
             return None
         with telling(self._console, f"Panel on {self._recipe.monitor.images:,} images"):
             return self._look(done)
 
-    def _look(self, done: int) -> Panel | None:
+    def _look(self, done: int) -> dict[str, Any] | None:
         images, labels = self.images()
         if images.shape[0] < 2:
             return None  # said at the start
@@ -76,7 +77,7 @@ class RunPanel:
             if kind not in self._warned:
                 self._warned.add(kind)
                 self._progress.note(f"warning: {sentence}")
-        return panel
+        return figures
 
     def _masked(self) -> list[tuple[Tensor, MaskBatch]]:
         """Batches of the panel's images and the masks they are always seen under."""

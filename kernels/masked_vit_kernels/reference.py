@@ -265,9 +265,7 @@ def latent_prediction_loss(
         dots = (_wide(predictions)[valid] * targets).sum(1)
         distances = 1 - dots / (lengths[0] * lengths[1])
     total = distances.sum()
-    if denominator is None:
-        denominator = total.new_tensor(max(distances.numel(), 1))
-    return total / denominator
+    return total / (max(distances.numel(), 1) if denominator is None else denominator)
 
 
 @torch.no_grad()

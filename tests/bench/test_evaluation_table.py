@@ -10,6 +10,8 @@ def test_its_cells_come_from_what_ijepa_eval_wrote(tmp_path, monkeypatch, capsys
 
     def pretend(arguments):
         ran.append(arguments)
+        if "--resume" in arguments:
+            arguments = ran[6]
         out = arguments[arguments.index("--out") + 1]
         seed = int(arguments[arguments.index("--seed") + 1]) if "--seed" in arguments else 0
         draws = [0.2, 0.3, 0.4] if "lowshot" in arguments else []
@@ -31,3 +33,11 @@ def test_its_cells_come_from_what_ijepa_eval_wrote(tmp_path, monkeypatch, capsys
     assert few[:4] == ["eval", "finetune", "RUN", "--data"] and "--output" in few
     evaluation_table.main()
     assert len(ran) == 14  # nothing is run again
+    stopped = ran[6]
+    (tmp_path / "shapes-few-trained-0.json").unlink()
+    folder = tmp_path / "runs" / "shapes-few-trained-0"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").write_text("step-00000003\n")
+    assert "--per-class" in stopped
+    evaluation_table.main()
+    assert len(ran) == 15 and ran[-1] == ["eval", "finetune", "--resume", str(folder)]

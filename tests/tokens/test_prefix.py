@@ -28,23 +28,21 @@ def check_prefix(lengths, count, dtype, device, *, padding=3, width=40, shape="s
 
     out = prepend_tokens(x, prefix, here)
     leaves = [double(x), double(prefix)]
-    exact = reference.prepend_tokens(*leaves, extended)
+    exact = reference.prepend_tokens(leaves[0], leaves[1], extended)
     assert torch.equal(out.double().cpu(), exact)
     upstream = poison_tail(torch.randn(out.shape, dtype=dtype), total)
     found = gradients(out, [x, prefix], upstream.to(device))
     expected = gradients(exact, leaves, upstream)
     plain = [leaf(x), leaf(prefix)]
-    rough = gradients(reference.prepend_tokens(*plain, extended), plain, upstream)
+    rough = gradients(reference.prepend_tokens(plain[0], plain[1], extended), plain, upstream)
     for name, *values in zip(("x", "prefix"), found, expected, rough, strict=True):
         assert_accurate(f"gradient of {name}", *values)
 
     whole = poison_tail(torch.randn(out.shape, dtype=dtype), total).to(device).requires_grad_()
     exact_whole = double(whole)
-    for ours, theirs in zip(
-        split_prefix(whole, here), reference.split_prefix(exact_whole, extended), strict=True
-    ):
-        assert torch.equal(ours.double().cpu(), theirs)
     ours, theirs = split_prefix(whole, here), reference.split_prefix(exact_whole, extended)
+    for found_part, exact_part in zip(ours, theirs, strict=True):
+        assert torch.equal(found_part.double().cpu(), exact_part)
     weights = torch.randn_like(theirs[0]), torch.randn_like(theirs[1])
     poison_tail(weights[1], sum(lengths))
     kept = slice(None, sum(lengths))
