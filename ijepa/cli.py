@@ -1,5 +1,5 @@
-"""The command line: `ijepa pretrain | embed | neighbours | eval | report | visualize | plan |
-doctor`."""
+"""The command line: `ijepa pretrain | embed | neighbours | eval | convert | report | visualize |
+ablate | sweep | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ import tyro
 from rich.console import Console
 
 from ijepa import __version__
+from ijepa.ablate.commands import ablate_command, sweep_command
 from ijepa.config import Recipe
-from ijepa.downstream.commands import embed_command, eval_command, neighbours_command
+from ijepa.downstream.commands import (
+    convert_command,
+    embed_command,
+    eval_command,
+    neighbours_command,
+)
 from ijepa.downstream.seeing.commands import report_command, visualize_command
 from ijepa.recipes import (
     check_known,
@@ -38,8 +44,12 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
   ijepa embed SOURCE FOLDER --out DIR               features of images by what was learned
   ijepa neighbours DIR QUERY.jpg                    the embedded images nearest to one
   ijepa eval PROTOCOL SOURCE --data TASK            knn, linear, lowshot, finetune: what it is worth
+  ijepa convert SOURCE OUT --to transformers        or timm, released, safetensors, onnx
   ijepa report RUN...                               one HTML file: curves, panel, probes, pictures
-  ijepa visualize masks|pca|attention|neighbours|predictor SOURCE   the pictures as PNG files
+  ijepa visualize WHAT SOURCE                       masks, pca, attention, neighbours, predictor,
+                                                    rcdm: pictures as PNG files
+  ijepa ablate TABLE                                the paper's Tables 6 to 14 on small runs
+  ijepa sweep RECIPE --vary table.key=value,value   a grid of your own
   ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
@@ -188,8 +198,11 @@ COMMANDS = {
     "embed": embed_command,
     "neighbours": neighbours_command,
     "eval": eval_command,
+    "convert": convert_command,
     "report": report_command,
     "visualize": visualize_command,
+    "ablate": ablate_command,
+    "sweep": sweep_command,
     "plan": plan_command,
     "doctor": doctor_command,
 }

@@ -26,7 +26,7 @@ PACKAGES = {
             "masked_vit_kernels", "torch", "triton", "numpy", "PIL", "simplejpeg", "safetensors",
             "tyro", "rich",
             # extras, each imported where it is used
-            "sklearn", "matplotlib", "tensorboard", "timm", "transformers",
+            "sklearn", "matplotlib", "tensorboard", "timm", "transformers", "diffusers",
         },
     ),
     "bench": (
@@ -42,20 +42,23 @@ PACKAGES = {
 # is read for what it imports from outside alone.
 ROOMS: dict[str, dict[str, set[str]]] = {
     "masked_vit_kernels": {
-        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear"},
+        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear", "float8"},
         "packing": set(),
         "checks": set(),
         "pixels": set(),
         "cpu_linear": set(),
+        "float8": {"checks"},
         "bundle": set(),
-        "launch": {"bundle"},
+        "kernel_language": set(),
+        "launch": {"bundle", "kernel_language"},
         # The three kinds of ops do not know each other.
-        "attention": {"packing", "checks", "launch"},
-        "tokens": {"packing", "checks", "launch", "pixels"},
-        "optimizer": {"checks", "launch"},
+        "attention": {"packing", "checks", "launch", "kernel_language"},
+        "tokens": {"packing", "checks", "launch", "pixels", "kernel_language"},
+        "optimizer": {"checks", "launch", "kernel_language", "float8"},
         "compile": {"launch"},
         "catalogue": {"attention", "tokens", "optimizer", "packing", "launch"},
         "audit": {"catalogue", "compile", "launch"},
+        "adapters": {"attention", "tokens", "packing", "checks"},
         # The oracle: whoever judges with it imports it, and it shares no code with what it judges.
         "reference": {"packing"},
         "selftest": {FACE, "attention", "tokens", "catalogue", "reference"},
@@ -75,7 +78,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "data": {"counter_rng", "disk", "printable"},
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
-        "visualize": {"counter_rng", "masks", "printable"},
+        "visualize": {"counter_rng", "disk", "masks", "printable"},
         "cost": {"config", "counter_rng", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
@@ -88,15 +91,17 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "config", "recipes", "counter_rng", "disk", "printable", "masks", "data", "cost",
             "report", "train",
         },
-        "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
+        "interop": {"config", "recipes", "disk", "data", "vit", "model", "evaluate", "train"},
         "downstream": {
             "config", "recipes", "counter_rng", "disk", "printable", "versions", "machine",
             "masks", "data", "vit", "model", "positions", "evaluate", "report", "train", "interop",
             "visualize",
         },
         "doctor": {"machine", "versions"},
+        "ablate": {"config", "recipes", "disk", "report", "train"},
         "cli": {
-            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "doctor",
+            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "ablate",
+            "doctor",
         },
     },
 }  # fmt: skip

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Datasheet values: memory in GiB, dense bf16 matmul rate in TFLOP/s."""
+    """Datasheet values: memory in GiB, dense matmul rates in TFLOP/s, float8's None without any."""
 
     label: str
     memory: float
     teraflops: float
+    float8_teraflops: float | None
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", 80, 312),
-    "a100-40": Gpu("A100 40 GB", 40, 312),
-    "h100": Gpu("H100 SXM", 80, 989),
-    "h200": Gpu("H200", 141, 989),
-    "b200": Gpu("B200", 180, 2250),
-    "l40s": Gpu("L40S", 48, 362),
-    "rtx4090": Gpu("RTX 4090", 24, 165),
+    "a100": Gpu("A100 80 GB", 80, 312, None),
+    "a100-40": Gpu("A100 40 GB", 40, 312, None),
+    "h100": Gpu("H100 SXM", 80, 989, 1979),
+    "h200": Gpu("H200", 141, 989, 1979),
+    "b200": Gpu("B200", 180, 2250, 4500),
+    "l40s": Gpu("L40S", 48, 362, 733),
+    "rtx4090": Gpu("RTX 4090", 24, 165, 330),
 }
 
 

@@ -29,19 +29,21 @@ def _block_parameters(width: int, config: ModelConfig) -> int:
     return attention + 2 * width * hidden + hidden + width + 4 * width
 
 
-def state_bytes(parameters: dict[str, int], precision: str) -> int:
+def state_bytes(parameters: dict[str, int], precision: str, target_precision: str = "same") -> int:
     """Bytes of what lives through the run.
 
     A trained parameter holds weight, gradient and Adam's two moments, 4 bytes each. The bf16 mode
     autocasts, and so keeps one bf16 copy of every weight alive through a step besides. With bf16
-    parameters weight and gradient take 2 bytes each, beside a float32 master.
+    parameters weight and gradient take 2 bytes each, beside a float32 master. Float8 copies of the
+    target encoder's weights take 1.
     """
+    float8 = parameters["encoder"] if target_precision == "fp8" else 0
     trained = parameters["encoder"] + parameters["predictor"]
     target = parameters["encoder"]
     if precision == "bf16-params":
-        return 16 * trained + 6 * target
+        return 16 * trained + 6 * target + float8
     copies = 2 * (trained + target) if precision == "bf16" else 0
-    return 16 * trained + 4 * target + copies
+    return 16 * trained + 4 * target + copies + float8
 
 
 def activation_bytes(config: ModelConfig, tokens: TokenCounts, precision: str) -> float:

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from ijepa.config import Recipe
-from ijepa.cost.flops import Flops, sample_tokens, step_flops, total_flops
+from ijepa.cost.flops import (
+    Flops,
+    TokenCounts,
+    sample_tokens,
+    step_flops,
+    target_products,
+    total_flops,
+)
 from ijepa.cost.gpus import GPUS, Gpu
 from ijepa.cost.memory import activation_bytes, count_parameters, state_bytes
 from ijepa.recipes import check_known
@@ -28,6 +35,7 @@ class Plan:
 
     Attributes:
         flops: operations of an image by part of the step.
+        float8_flops: those of them that run in float8.
         parameters: of each network.
         state_bytes: weights, gradients, optimiser and target encoder, on every GPU.
         image_bytes: activations that one image keeps for the backward pass.
@@ -44,6 +52,7 @@ class Plan:
     mfu: float
     micro_batch: int
     flops: dict[str, Flops]
+    float8_flops: float
     parameters: dict[str, int]
     state_bytes: int
     image_bytes: float
@@ -92,10 +101,12 @@ def plan_recipe(
     tokens = sample_tokens(recipe, micro_batch)
     flops = step_flops(config, tokens)
     parameters = count_parameters(config)
-    state = state_bytes(parameters, recipe.train.precision)
+    state = state_bytes(parameters, recipe.train.precision, recipe.train.target_precision)
     image = activation_bytes(config, tokens, recipe.train.precision)
     room = device.memory * _GIB * (1 - _RESERVED) - state
-    rate = gpus * device.teraflops * 1e12 * mfu / total_flops(flops)
+    in_float8 = _in_float8(recipe, device, tokens)
+    cost = total_flops(flops) - in_float8 * (1 - device.teraflops / (device.float8_teraflops or 1))
+    rate = gpus * device.teraflops * 1e12 * mfu / cost
     images = float(recipe.in_steps(num_images).train.num_steps) * recipe.train.batch_size
     return Plan(
         recipe=recipe,
@@ -104,6 +115,7 @@ def plan_recipe(
         mfu=mfu,
         micro_batch=micro_batch,
         flops=flops,
+        float8_flops=in_float8,
         parameters=parameters,
         state_bytes=state,
         image_bytes=image,
@@ -112,6 +124,19 @@ def plan_recipe(
         images=images,
         seconds=images / rate,
     )
+
+
+def _in_float8(recipe: Recipe, device: Gpu, tokens: TokenCounts) -> float:
+    """Operations of an image in float8; ValueError where the GPU has no such products."""
+    if recipe.train.target_precision != "fp8":
+        return 0.0
+    if device.float8_teraflops is None:
+        able = ", ".join(key for key, gpu in GPUS.items() if gpu.float8_teraflops)
+        raise ValueError(
+            f'train.target_precision = "fp8", but an {device.label} multiplies no float8: plan for '
+            f'one of {able}, or with train.target_precision = "same"'
+        )
+    return target_products(recipe.model, tokens)
 
 
 def render_plan(plan: Plan) -> Table:
@@ -126,6 +151,8 @@ def render_plan(plan: Plan) -> Table:
             f"{flops.forward / 1e9:,.1f} / {flops.total / 1e9:,.1f} GFLOP an image",
         )
     table.add_row("whole step", f"{total_flops(plan.flops) / 1e9:,.1f} GFLOP an image")
+    if plan.float8_flops:
+        table.add_row("of it in float8", f"{plan.float8_flops / 1e9:,.1f} GFLOP an image")
     table.add_row(
         "parameters",
         f"encoder {plan.parameters['encoder'] / 1e6:,.1f} M, "

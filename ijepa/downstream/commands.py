@@ -1,4 +1,4 @@
-"""The commands that use an encoder: `ijepa embed | neighbours | eval`."""
+"""The commands that use an encoder: `ijepa embed | neighbours | eval | convert`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TypeVar
 import tyro
 
 from ijepa.downstream.options import (
+    ConvertOptions,
     EmbedOptions,
     EvalOptions,
     FinetuneOptions,
@@ -27,7 +28,7 @@ ijepa eval PROTOCOL SOURCE --data TASK [--path PATH] [options]: what an encoder'
   lowshot    logistic regression on few labels
   finetune   encoder and head trained together; goes on with: ijepa eval finetune --resume FOLDER
 
-SOURCE is a run's folder, one of its checkpoints, or a released .pth.tar.
+SOURCE is a run's folder, one of its checkpoints, a released .pth.tar, or what ijepa convert wrote.
 Options of each: ijepa eval PROTOCOL --help
 """
 
@@ -47,6 +48,21 @@ def neighbours_command(arguments: list[str]) -> int:
     from ijepa.downstream.embed_folder import show_neighbours
 
     show_neighbours(options)
+    return 0
+
+
+def convert_command(arguments: list[str]) -> int:
+    """`ijepa convert SOURCE OUT --to FORM`."""
+    options = _parsed(ConvertOptions, "convert", arguments)
+    from ijepa.interop.convert import convert, how_to_open, model_name
+
+    config = convert(
+        options.source, options.out, options.to, network=options.network,
+        num_heads=options.num_heads,
+    )  # fmt: skip
+    what = "three networks" if options.to == "released" else options.network.replace("_", " ")
+    print(f"{options.out}: {model_name(config)}, {what}, for {options.to}. Read it with")
+    print(f"  {how_to_open(options.out, options.to, config)}")
     return 0
 
 

@@ -40,7 +40,7 @@ class EmbedOptions:
     """
 
     source: Source
-    """a run's folder, one of its checkpoints, or a released .pth.tar"""
+    """a run's folder, one of its checkpoints, a released .pth.tar, or what ijepa convert wrote"""
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """of images, nested or not"""
     out: Path
@@ -48,6 +48,30 @@ class EmbedOptions:
     layers: Literal["last", "last4"] = "last"
     """the last block, or the last four concatenated"""
     encoder: Annotated[EncoderOptions, arg(name="")] = EncoderOptions()
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """An encoder in the form of another program, float32; every tensor is accounted for.
+
+    released      all three networks, a .pth.tar as the released code writes it
+    timm          a state dict for timm's vit_* without a class token: .safetensors or .pth
+    transformers  a folder for IJepaModel.from_pretrained and AutoImageProcessor.from_pretrained
+    safetensors   one file that describes itself
+    onnx          uint8 images of any batch to features, run by onnxruntime and others
+
+    Each but onnx is a SOURCE again, of this command, of embed and of eval.
+    """
+
+    source: Source
+    """a run's folder, one of its checkpoints, a released .pth.tar, or what this command wrote"""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """file or folder to write; there must be nothing"""
+    to: Literal["released", "timm", "transformers", "safetensors", "onnx"]
+    network: Literal["target_encoder", "context_encoder"] = "target_encoder"
+    """the paper evaluates the target encoder; released has both"""
+    num_heads: int | None = None
+    """of a source of a width that no ViT has"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +96,7 @@ class EvalOptions:
     """What every evaluation takes."""
 
     source: Source
-    """a run's folder, one of its checkpoints, or a released .pth.tar"""
+    """a run's folder, one of its checkpoints, a released .pth.tar, or what ijepa convert wrote"""
     data: str = "folder"
     """shapes, scenes-count, scenes-dist (rendered); folder, csv, cifar10, cifar100, clevr-count,
     clevr-dist, inat18, places205 (with --path); what is expected there is shown where it is not"""

@@ -10,7 +10,7 @@ from ijepa.evaluate.features import CONCATENATED_BLOCKS
 from ijepa.vit import Encoder
 
 LAST, LAST4 = "last block", "last 4 blocks"
-MEAN_AND_STD, REGIONS = "last 4 blocks, mean and std", "last block, 2x2 regions"
+MEAN_AND_STD, REGIONS = "last 4, mean and std", "last, 2x2 regions"
 
 
 @torch.no_grad()

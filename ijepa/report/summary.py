@@ -23,7 +23,7 @@ from ijepa.report.probes import Probes, write_probes
 from ijepa.report.progress import format_seconds
 from ijepa.versions import versions
 
-PROBES = ("linear probe", "kNN", "whitened kNN")  # columns of the closing table, once a task
+PROBES = ("linear probe", "whitened kNN", "kNN")  # columns of the closing table, once a task
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 
 
@@ -148,7 +148,7 @@ def probe_cells(probes: Probes) -> list[list[str]]:
             cells.append([row.features, *["not finite"] * (len(PROBES) * len(tasks))])
             continue
         scores = [row.scores[task] for task in tasks]
-        values = [v for score in scores for v in (score.linear, score.knn, score.whitened_knn)]
+        values = [v for score in scores for v in (score.linear, score.whitened_knn, score.knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
     guesses = [f"{100 * probes.chance[task]:.1f} %" for task in tasks for _ in PROBES]
     return [*cells, ["always the commonest class", *guesses]]

@@ -96,6 +96,7 @@ class Run:
             recipe.optim,
             recipe.schedule,
             precision=recipe.train.precision,
+            target_precision=recipe.train.target_precision,
             compile=compiled,
             cuda_graph=recipe.train.cuda_graph,
         )

@@ -20,7 +20,12 @@ from ijepa.masks.layout import layout_of
 from ijepa.model import IJEPA
 from ijepa.train.cuda_graph import CapturedStep
 from ijepa.train.distributed import sum_gradients, sum_over_ranks, world_size
-from ijepa.train.optim import apply_schedule, make_optimizer, optimizer_of_rounded_weights
+from ijepa.train.optim import (
+    apply_schedule,
+    compute_targets_in_float8,
+    make_optimizer,
+    optimizer_of_rounded_weights,
+)
 from ijepa.train.schedules import schedule_at
 from ijepa.vit import Block
 
@@ -79,6 +84,7 @@ class Trainer:
         schedule_config: with its lengths in steps.
         precision: "fp32"; "bf16" for autocast of the forward pass; "bf16-params" turns the model's
             weights into bfloat16 copies of float32 masters that the optimiser keeps.
+        target_precision: "same", or "fp8" for the target encoder's products in a bf16 `precision`.
         compile: trace the forward and backward passes with torch.compile, once for each layout of
             the masks (at most four with planned capacities). "blocks" traces the transformer
             blocks alone, one graph for all of a network: seconds instead of minutes for a deep
@@ -103,12 +109,19 @@ class Trainer:
         schedule_config: ScheduleConfig,
         *,
         precision: str = "fp32",
+        target_precision: str = "same",
         compile: bool | Literal["blocks"] = False,
         cuda_graph: bool = False,
     ):
         if precision not in ("fp32", "bf16", "bf16-params"):
             raise ValueError(
                 f"precision must be 'fp32', 'bf16' or 'bf16-params', got {precision!r}"
+            )
+        if target_precision not in ("same", "fp8"):
+            raise ValueError(f"target_precision must be 'same' or 'fp8', got {target_precision!r}")
+        if target_precision == "fp8" and precision == "fp32":
+            raise ValueError(
+                "target_precision 'fp8' goes with precision 'bf16' or 'bf16-params', got 'fp32'"
             )
         if schedule_config.total_steps is None or schedule_config.warmup_epochs is not None:
             raise ValueError(
@@ -124,6 +137,8 @@ class Trainer:
             self.optimizer = optimizer_of_rounded_weights(model, optim_config)
         else:
             self.optimizer = make_optimizer(model, optim_config)
+        if target_precision == "fp8":
+            compute_targets_in_float8(model, self.optimizer)
         self.step_index = 0
         self.updating = False
         self.give_up: Callable[[], bool] = lambda: False
@@ -250,6 +265,7 @@ class Trainer:
         if set(state) != expected:
             raise ValueError(f"trainer state must hold {sorted(expected)}, got {sorted(state)}")
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.refresh_float8_copies()
         if self._replayed is not None:
             self._replayed.forget()
         self.step_index = int(state["step_index"])

@@ -142,7 +142,7 @@ def test_bad_bounds_are_named(bounds):
 
 def test_bad_shapes_are_named():
     q, kv, bounds = torch.randn(9, 2, 8), torch.randn(9, 2, 3, 8), cu([9])
-    with pytest.raises(ValueError, match=r"kv must have shape \(Tk, 2, 2, 8\), got \(9, 2, 3, 8\)"):
+    with pytest.raises(ValueError, match="or a multiple of them, got 2 and 3"):
         varlen_attention_kvpacked(q, kv, bounds, bounds, 9, 9)
     with pytest.raises(ValueError, match="as many sequences, got 1 and 2"):
         varlen_attention(q, q, q, bounds, cu([4, 5]), 9, 9)

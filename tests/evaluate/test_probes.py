@@ -139,8 +139,8 @@ def test_the_closing_table_has_every_row_and_every_task(model):
     images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
     images[::2] //= 4  # half of them are dark: any features tell "left"
     rows = closing_table(model, IJEPA(model.config), LabelledImages(images, labels, images, labels))
-    poolings = ("last block", "last 4 blocks", "last 4 blocks, mean and std",
-                "last block, 2x2 regions")  # fmt: skip
+    poolings = ("last block", "last 4 blocks", "last 4, mean and std",
+                "last, 2x2 regions")  # fmt: skip
     assert [row.features for row in rows] == [
         *(f"pretrained, {pooling}" for pooling in poolings),
         *(f"random network, {pooling}" for pooling in poolings),

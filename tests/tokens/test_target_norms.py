@@ -67,9 +67,13 @@ def by_hand(predictions, features, rows, norm, kind):
             mean = image.sum(0) / image.shape[0]
             target = (target - mean) / ((image - mean).pow(2).sum(0) / image.shape[0] + 1e-5).sqrt()
         d = prediction - target
-        smooth = torch.where(d.abs() < 1, d * d / 2, d.abs() - 0.5)
-        total += (smooth if kind == "smooth_l1" else d * d).sum()
-        count += d.numel()
+        if kind == "cosine":
+            distances = 1 - prediction @ target / (prediction.norm() * target.norm())
+        else:
+            smooth = torch.where(d.abs() < 1, d * d / 2, d.abs() - 0.5)
+            distances = {"smooth_l1": smooth, "l2": d * d, "l1": d.abs()}[kind]
+        total += distances.sum()
+        count += distances.numel()
     return total / count
 
 

@@ -13,6 +13,8 @@ from ijepa.downstream.seeing.options import (
     PcaOptions,
     PictureNeighboursOptions,
     PredictorOptions,
+    RcdmSampleOptions,
+    RcdmTrainOptions,
     ReportOptions,
 )
 from ijepa.recipes import check_known
@@ -26,6 +28,8 @@ ijepa visualize WHAT SOURCE [options]: pictures of what was learned, as PNG file
   attention    where a patch looks, head by head
   neighbours   the nearest images to random ones
   predictor    where the predicted features of a block match, in the image and in another
+  rcdm train   a diffusion model that decodes pooled representations (extra rcdm)
+  rcdm sample  its samples: what they share is in the representation, what varies is not
 
 SOURCE is a run's folder, one of its checkpoints, or a released .pth.tar.
 Options of each: ijepa visualize WHAT --help
@@ -54,11 +58,33 @@ def visualize_command(arguments: list[str]) -> int:
         print(VISUALIZE_USAGE, end="")
         return 0
     what, *rest = arguments
-    check_known([what], list(_PICTURES), "unknown picture")
+    check_known([what], [*_PICTURES, "rcdm"], "unknown picture")
+    if what == "rcdm":
+        return _rcdm(rest)
     options = _parsed(_PICTURES[what], f"visualize {what}", rest)
     from ijepa.downstream.seeing.look import look
 
     look(options)
+    return 0
+
+
+def _rcdm(arguments: list[str]) -> int:
+    """`ijepa visualize rcdm train | sample`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(VISUALIZE_USAGE, end="")
+        return 0
+    what, *rest = arguments
+    check_known([what], ["train", "sample"], "unknown verb of rcdm")
+    if what == "train":
+        training = _parsed(RcdmTrainOptions, "visualize rcdm train", rest)
+        from ijepa.downstream.seeing.rcdm import train_decoder
+
+        train_decoder(training)
+    else:
+        sampling = _parsed(RcdmSampleOptions, "visualize rcdm sample", rest)
+        from ijepa.downstream.seeing.rcdm import sample_decoder
+
+        sample_decoder(sampling)
     return 0
 
 

@@ -27,6 +27,7 @@ from ijepa.downstream.seeing.pictures import (
 )
 from ijepa.printable import printable
 from ijepa.report.console import RunConsole
+from ijepa.report.progress import telling
 from ijepa.train.from_recipe import choose_device
 from ijepa.visualize.pca import Basis
 
@@ -51,7 +52,8 @@ def look(options: LookOptions) -> list[Picture]:
         PredictorOptions: _predictor,
     }
     console = RunConsole()
-    pictures = drawers[type(options)](options, console)
+    with telling(console, "Drawing"):
+        pictures = drawers[type(options)](options, console)
     options.out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         path = options.out / f"{picture.name}.png"

@@ -110,3 +110,64 @@ class PredictorOptions(LookOptions):
 
     source: Source
     """a run's folder, one of its checkpoints, or a released .pth.tar"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RcdmTrainOptions:
+    """Train a diffusion model that decodes pooled representations (paper section 8, appendix E).
+
+    The same command goes on where it was stopped or killed. Needs the extra rcdm (diffusers).
+    """
+
+    source: Source
+    """a run's folder, one of its checkpoints, or a released .pth.tar"""
+    out: Path
+    """folder of the decoder"""
+    of: Literal["encoder", "predictor"] = "encoder"
+    """average-pooled output of the target encoder (Figure 7), or of the predictor for one target
+    block (Figure 6)"""
+    preset: Literal["tiny", "compact", "released"] = "tiny"
+    """32 pixels for two cores; 64 pixels; 128 pixels as released"""
+    steps: int = 10_000
+    """to take in all; the paper: 300,000"""
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    save_every: int = 500
+    random_network: bool = False
+    """decode a network of the same sizes as initialised: what pretraining adds"""
+    images: Path | None = None
+    """folder of images to train on; default: those of the run"""
+    workers: int = 0
+    """processes that decode images"""
+    num_heads: int | None = None
+    """of a released checkpoint of a width that no ViT has"""
+    seed: int = 0
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RcdmSampleOptions:
+    """Samples of a decoder: what they share is in the representation, what varies is not."""
+
+    decoder: Annotated[Positional[Path], arg(metavar="DECODER")]
+    """folder that `ijepa visualize rcdm train` wrote"""
+    out: Path = Path("pictures")
+    """folder to write rcdm-encoder.png or rcdm-predictor.png into"""
+    source: str | None = None
+    """where the networks are now; default: where they were"""
+    images: Path | None = None
+    """folder of images to look at; default: as for the other pictures"""
+    count: int = 6
+    """images, a row each"""
+    samples: int = 6
+    """of each, by different noise"""
+    steps: int = 100
+    """of the 1000, evenly spaced"""
+    score: int = 0
+    """make one sample of so many held-out images more, and say how often linear classifiers that
+    were fitted on real images recognise their class"""
+    num_heads: int | None = None
+    """of a released checkpoint of a width that no ViT has"""
+    seed: int = 0
+    """of images and noise"""
+    device: Device = "auto"

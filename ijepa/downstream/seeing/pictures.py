@@ -171,15 +171,16 @@ def picture_neighbours(
     features = []
     for opened in networks:
         pixels = images.view(opened.config)
-        features.append(encoder_features(opened.model.target_encoder, pixels).last.numpy())
+        found = encoder_features(opened.model.target_encoder, pixels, batch_size=64)
+        features.append(found.last.numpy())
     shown = images.view(networks[0].config)
     for query in range(min(queries, len(shown) - 1)):
         for opened, rows_of in zip(networks, features, strict=True):
-            found = [n for n in nearest(rows_of, rows_of[query], neighbours + 1) if n.row != query]
-            found = found[:neighbours]
-            rows.append([as_rgb(shown[i].numpy()) for i in (query, *(n.row for n in found))])
+            near = [n for n in nearest(rows_of, rows_of[query], neighbours + 1) if n.row != query]
+            near = near[:neighbours]
+            rows.append([as_rgb(shown[i].numpy()) for i in (query, *(n.row for n in near))])
             names.append(opened.name)
-            captions.append(["query", *(f"{n.cosine:+.2f}" for n in found)])
+            captions.append(["query", *(f"{n.cosine:+.2f}" for n in near)])
     if not rows:
         raise ValueError("nearest neighbours take at least two images")
     return Picture(

@@ -21,8 +21,6 @@ The first launch of a backward also zeroes the rows of dq, dk and dv after the l
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.attention.config import BackwardStep, backward_plan
@@ -39,6 +37,7 @@ from masked_vit_kernels.attention.tiles import (
     store_tile,
     stride_arguments,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -49,11 +48,10 @@ from masked_vit_kernels.packing import TILE, WIDE_TILE
 
 @triton.jit
 def _load_log2_lse(lse_ptr, first_query, num_queries, BLOCK_Q: tl.constexpr):
-    """[BLOCK_Q] lse in base 2; 0 on rows without keys, whose weights are masked anyway."""
+    """[BLOCK_Q] lse in base 2, 0 past the last query; -inf without keys, which have no weights."""
     rows = tl.arange(0, BLOCK_Q)
     mask = rows < num_queries - first_query
-    lse = tl.load(lse_ptr + first_query + rows, mask=mask, other=0.0)
-    return tl.where(lse == -float("inf"), 0.0, lse * 1.4426950408889634)
+    return tl.load(lse_ptr + first_query + rows, mask=mask, other=0.0) * 1.4426950408889634
 
 
 @triton.jit
@@ -98,9 +96,10 @@ def _query_tile_gradient(
             v_rest = load_tile(v_ptr, first_key, num_keys, stride_vt, BLOCK_K, MAIN, REST, HEAD_DIM)
             s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
             dp = tl.dot(dout_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
-        valid = tl.arange(0, BLOCK_K) < num_keys - first_key
+        if first_key + BLOCK_K > num_keys:
+            valid = tl.arange(0, BLOCK_K) < num_keys - first_key
+            s = tl.where(valid[None, :], s, -float("inf"))
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse[:, None])
-        p = tl.where(valid[None, :], p, 0.0)
         ds = (p * (dp - delta[:, None])).to(k_main.dtype)
         # [BLOCK_Q, BLOCK_K] @ [BLOCK_K, MAIN] -> [BLOCK_Q, MAIN]
         dq_main = tl.dot(ds, k_main, dq_main, input_precision=PRECISION)
@@ -161,7 +160,9 @@ def _key_tile_gradients(
             s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
         lse = _load_log2_lse(lse_ptr, first_query, num_queries, BLOCK_Q)
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse[None, :])
-        p = tl.where(valid[:, None], p, 0.0)
+        # Keys past the last: zero in sums over keys; the rest of what comes of them is not stored.
+        if ALL_KEYS:
+            p = tl.where(valid[:, None], p, 0.0)
         # dv before dp: the tiles s and dp never live together, which is what keeps D=88 on chip.
         weights = p.to(q_main.dtype)
         # [BLOCK_K, BLOCK_Q] @ [BLOCK_Q, MAIN] -> [BLOCK_K, MAIN]
@@ -217,7 +218,7 @@ def _varlen_attention_backward_kernel(
     STRIDE_QH: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VH: tl.constexpr,
     STRIDE_OH: tl.constexpr, STRIDE_DOH: tl.constexpr, STRIDE_DQH: tl.constexpr,
     STRIDE_DKH: tl.constexpr, STRIDE_DVH: tl.constexpr,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     ONE_QUERY_TILE: tl.constexpr, PRECISION: tl.constexpr,
     CLEAR_PARTS: tl.constexpr, CLEAR_ROWS: tl.constexpr, CLEAR_WIDTH: tl.constexpr,
@@ -271,9 +272,12 @@ def _varlen_attention_backward_kernel(
     if (num_keys <= keys_over) | (num_keys > keys_up_to):
         return
 
+    key_head = head
+    if GROUP > 1:  # heads of queries that share one of keys and values
+        key_head = head // GROUP
     q_ptr += start_q * stride_qt + head * STRIDE_QH
-    k_ptr += start_k * stride_kt + head * STRIDE_KH
-    v_ptr += start_k * stride_vt + head * STRIDE_VH
+    k_ptr += start_k * stride_kt + key_head * STRIDE_KH
+    v_ptr += start_k * stride_vt + key_head * STRIDE_VH
     out_ptr += start_q * stride_ot + head * STRIDE_OH
     dout_ptr += start_q * stride_dot + head * STRIDE_DOH
     lse_ptr += head.to(tl.int64) * rows_q + start_q
@@ -339,9 +343,10 @@ def backward_launches(
     """Describe the backward, launches in order.
 
     Args:
-        q, k, v, out, dout: (T, H, D) strided views, see `tiles.readable`.
+        q, out, dout: (Tq, H, D), k and v (Tk, Hk, D), H a multiple of Hk: strided views, see
+            `tiles.readable`.
         lse: (H, Tq) fp32 of the forward; delta (H, Tq) fp32 scratch, unused by "resident".
-        dq, dk, dv: (T, H, D) views to write.
+        dq, dk, dv: (T, H, D) views to write: what each head of queries gives to keys and values.
         queries, keys: the sequences of both sides. Programs that own a sequence go by the keys'
             order, which is that of their work.
         plan: default: `backward_plan`.
@@ -401,6 +406,7 @@ def backward_launches(
                     "keys_over": step.keys_over,
                     "keys_up_to": step.keys_up_to,
                     "scale": softmax_scale,
+                    "GROUP": num_heads // k.shape[1],
                     "HEAD_DIM": head_dim,
                     "MAIN": main,
                     "REST": rest,

@@ -17,8 +17,6 @@ is 48 bytes); tiles come longest sequences first. The last programs zero the pad
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.attention.config import AttentionConfig, forward_config
@@ -34,6 +32,7 @@ from masked_vit_kernels.attention.tiles import (
     store_tile,
     stride_arguments,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -61,17 +60,18 @@ def _attend_to_keys(
         k_rest = load_tile(k_ptr, first_key, num_keys, stride_kt, BLOCK_K, MAIN, REST, HEAD_DIM)
         v_rest = load_tile(v_ptr, first_key, num_keys, stride_vt, BLOCK_K, MAIN, REST, HEAD_DIM)
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-    valid = tl.arange(0, BLOCK_K) < num_keys - first_key
-    scores = tl.where(valid[None, :], scores * scale_log2, -float("inf"))
+    if first_key + BLOCK_K > num_keys:
+        valid = tl.arange(0, BLOCK_K) < num_keys - first_key
+        scores = tl.where(valid[None, :], scores, -float("inf"))
     if FIRST:
         new_max = tl.max(scores, 1)
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
+    weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
     if FIRST:
         row_sum = tl.sum(weights, 1)
     else:
-        shrink = tl.exp2(row_max - new_max)
+        shrink = tl.exp2((row_max - new_max) * scale_log2)
         row_sum = row_sum * shrink + tl.sum(weights, 1)
         out_main = out_main * shrink[:, None]
         if REST > 0:
@@ -94,7 +94,7 @@ def _varlen_attention_forward_kernel(
     stride_qt_by_8, stride_kt_by_8, stride_vt_by_8, stride_ot_by_8,
     num_rows, num_sequences, num_tiles, tiles_per_sequence, scale_log2,
     STRIDE_QH: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VH: tl.constexpr,
-    STRIDE_OH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STRIDE_OH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ONE_PASS: tl.constexpr, PRECISION: tl.constexpr, CLEAR_PARTS: tl.constexpr,
     CLEAR_ROWS: tl.constexpr, CLEAR_WIDTH: tl.constexpr,
@@ -135,9 +135,12 @@ def _varlen_attention_forward_kernel(
     if first_query >= num_queries:
         return
 
+    key_head = head
+    if GROUP > 1:  # heads of queries that share one of keys and values
+        key_head = head // GROUP
     q_ptr += start_q * stride_qt + head * STRIDE_QH
-    k_ptr += start_k * stride_kt + head * STRIDE_KH
-    v_ptr += start_k * stride_vt + head * STRIDE_VH
+    k_ptr += start_k * stride_kt + key_head * STRIDE_KH
+    v_ptr += start_k * stride_vt + key_head * STRIDE_VH
     out_ptr += start_q * stride_ot
     q_main = load_tile(q_ptr, first_query, num_queries, stride_qt, BLOCK_Q, 0, MAIN, HEAD_DIM)
     q_rest = q_main
@@ -178,7 +181,7 @@ def _varlen_attention_forward_kernel(
             BLOCK_Q, MAIN, REST, HEAD_DIM,
         )  # fmt: skip
     rows = tl.arange(0, BLOCK_Q)
-    lse = (row_max + tl.log2(total)) * LN_2
+    lse = (row_max * scale_log2 + tl.log2(total)) * LN_2
     tl.store(lse_ptr + start_q + first_query + rows, lse, mask=rows < num_queries - first_query)
 
 
@@ -203,7 +206,8 @@ def forward_launch(
     """Describe the forward.
 
     Args:
-        q: (Tq, H, D), k and v (Tk, H, D): strided views, see `tiles.readable`.
+        q: (Tq, H, D), k and v (Tk, Hk, D), H a multiple of Hk: strided views, see
+            `tiles.readable`.
         out: (Tq, H, D) to write, lse (H, Tq) fp32 to write.
         queries, keys: the sequences of both sides; of the keys only bounds are read.
         config: tiles; default: `forward_config`.
@@ -239,6 +243,7 @@ def forward_launch(
             "num_tiles": num_tiles,
             "tiles_per_sequence": max(tiles_per_sequence, 1),
             "scale_log2": softmax_scale * LOG2_E,
+            "GROUP": num_heads // k.shape[1],
             "HEAD_DIM": head_dim,
             "MAIN": main,
             "REST": rest,

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, runs_kernels
 from masked_vit_kernels.optimizer.ema_arguments import (
     check_momentum,

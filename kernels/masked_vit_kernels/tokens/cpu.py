@@ -92,6 +92,16 @@ def scatter_tokens(
     return torch.where((source >= 0).view(*shape[:-1], 1), taken, fill.to(x.dtype).expand(shape))
 
 
+def prepend_tokens(x: Tensor, prefix: Tensor, source_rows: Tensor, prefix_rows: Tensor) -> Tensor:
+    """See `masked_vit_kernels.prepend_tokens`; prefix (S * P, D)."""
+    return _take_rows(x, source_rows).index_copy(0, prefix_rows, prefix.to(x.dtype))
+
+
+def split_prefix(x: Tensor, prefix_rows: Tensor, token_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """See `masked_vit_kernels.split_prefix`; prefix (S * P, D)."""
+    return x.index_select(0, prefix_rows), _take_rows(x, token_rows)
+
+
 def embed_visible_patches(
     images: Tensor,
     weight: Tensor,
@@ -104,11 +114,11 @@ def embed_visible_patches(
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """See `masked_vit_kernels.embed_visible_patches`."""
-    width, channels, ph, pw = weight.shape
+    width, channels, *patch = weight.shape
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
-    patches = extract_patches(images, (ph, pw))  # still in the images' dtype
+    patches = extract_patches(images, patch)  # still in the images' dtype
     if indices is not None:
         patches = gather_tokens(patches, indices, packing)
     patches = _normalize_patches(patches, channels, mean, std).to(dtype)
@@ -181,11 +191,19 @@ def latent_prediction_loss(
     if target_norm == "layer":
         targets = F.layer_norm(targets, (width,), eps=TARGET_NORM_EPS)
     predictions = predictions.to(precision).masked_fill(~valid, 0)
-    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    total = distance(predictions, targets.masked_fill(~valid, 0), reduction="sum")
+    targets = targets.masked_fill(~valid, 0)
+    values = width  # of a row
+    if kind == "cosine":
+        similarity = F.cosine_similarity(predictions, targets, dim=1)
+        total, values = (valid[:, 0] * (1 - similarity)).sum(), 1
+    else:
+        total = _DISTANCES[kind](predictions, targets, reduction="sum")
     if denominator is None:
-        denominator = (valid.sum() * width).clamp(min=1)
+        denominator = (valid.sum() * values).clamp(min=1)
     return total / denominator
+
+
+_DISTANCES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss, "l1": F.l1_loss}
 
 
 def _standardise_over_patches(features: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ image.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two
 from masked_vit_kernels.tokens import cpu
 

@@ -6,11 +6,17 @@
             f                                       "none"
     d     = predictions[r] - t[r]
     loss  = sum over valid rows and columns of h(d) / denominator
-    h(d)  = d^2 / 2 if |d| < 1 else |d| - 1/2       smooth L1;        d^2  for "l2"
+    h(d)  = d^2 / 2 if |d| < 1 else |d| - 1/2       smooth L1;  d^2 for "l2";  |d| for "l1"
     grad  = h'(d) * grad_loss / denominator         zero on padding;  none for the targets
 
+"cosine" has one distance a row instead, with |x| at least 1e-8 as in F.cosine_similarity:
+
+    h(p, t)  = 1 - p . t / (|p| |t|)
+    grad     = (b p - a t) * grad_loss / denominator,   a = 1 / (|p| |t|),   b = p . t a / |p|^2
+
 The forward reads each prediction and each target row once. For "layer" it writes eight bytes a row,
-mean and reciprocal deviation; for "instance" it reads those of the image (`image_statistics.py`).
+mean and reciprocal deviation; for "instance" it reads those of the image (`image_statistics.py`);
+"cosine" adds a and b.
 The backward recomputes d from them. The normalised targets are never in memory. Sums are float32: a
 row in registers, then one partial sum a program, then one program that adds the partials in a fixed
 order and divides, so that two runs give the same bits.
@@ -22,8 +28,6 @@ an image, 8 * D, come from the cache for all of its rows but the first.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.checks import (
@@ -32,12 +36,13 @@ from masked_vit_kernels.checks import (
     check_same_device,
     check_shape,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
 from masked_vit_kernels.tokens import cpu
 from masked_vit_kernels.tokens.image_statistics import image_statistics
 from masked_vit_kernels.tokens.rows import column_block, with_unit_columns
 
-KINDS = ("smooth_l1", "l2")
+KINDS = ("smooth_l1", "l2", "l1", "cosine")
 TARGET_NORMS = ("layer", "instance", "none")
 
 # ----------------------------------------------------------------------------- kernels
@@ -57,6 +62,7 @@ def _loss_forward_kernel(
     target_rows_ptr,  # (Tt,)
     mean_ptr,  # float32: (Tt,) to write, or (B, D) of the images
     rstd_ptr,  # float32, likewise
+    cosines_ptr,  # (2, Tt) float32: a and b to write, for "cosine"
     partial_ptr,  # (2, programs) float32: loss sum, valid rows
     num_rows,
     num_features,
@@ -66,7 +72,7 @@ def _loss_forward_kernel(
     NORM: tl.constexpr,
     PATCHES: tl.constexpr,  # of an image, for "instance"
     EPS: tl.constexpr,
-    SMOOTH_L1: tl.constexpr,
+    DISTANCE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -89,19 +95,33 @@ def _loss_forward_kernel(
             mean = tl.sum(feature, axis=0) / D
             centred = tl.where(in_width, feature - mean, 0.0)
             rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + EPS)
-            difference = prediction - centred * rstd
+            wanted = centred * rstd
         elif NORM == "instance":
             of_image = target // PATCHES * D + columns
             mean = tl.load(mean_ptr + of_image, mask=present, other=0)  # [BLOCK_D]
             rstd = tl.load(rstd_ptr + of_image, mask=present, other=0)  # [BLOCK_D]
-            difference = prediction - (feature - mean) * rstd
+            wanted = (feature - mean) * rstd
         else:
-            difference = prediction - feature
-        if SMOOTH_L1:
+            wanted = feature
+        difference = prediction - wanted
+        if DISTANCE == "smooth_l1":
             magnitude = tl.abs(difference)
             distance = tl.where(magnitude < 1.0, 0.5 * difference * difference, magnitude - 0.5)
-        else:
+        elif DISTANCE == "l1":
+            distance = tl.abs(difference)
+        elif DISTANCE == "l2":
             distance = difference * difference
+        else:
+            wanted = tl.where(present, wanted, 0.0)
+            square = tl.sum(prediction * prediction, axis=0)
+            norms = tl.sqrt_rn(tl.maximum(square, 1e-16, propagate_nan=tl.PropagateNan.ALL))
+            norms *= tl.sqrt_rn(tl.maximum(tl.sum(wanted * wanted, axis=0), 1e-16))
+            cosine = tl.sum(prediction * wanted, axis=0) / norms
+            distance = tl.where(columns == 0, 1.0 - cosine, 0.0)
+            # A prediction shorter than 1e-8 is divided by a constant.
+            along = tl.where(square < 1e-16, 0.0, cosine / square)
+            tl.store(cosines_ptr + row, 1.0 / norms, mask=row < num_rows)
+            tl.store(cosines_ptr + num_rows + row, along, mask=row < num_rows)
         total += tl.where(present, distance, 0.0)
         count += valid.to(tl.float32)
         if NORM == "layer":
@@ -142,6 +162,7 @@ def _loss_backward_kernel(
     target_rows_ptr,  # (Tt,)
     mean_ptr,  # float32: (Tt,) of the rows, or (B, D) of the images
     rstd_ptr,  # float32, likewise
+    cosines_ptr,  # (2, Tt) float32: a and b of the rows, for "cosine"
     grad_ptr,  # (Tt, D)
     num_rows,
     num_features,
@@ -149,7 +170,7 @@ def _loss_backward_kernel(
     stride_fr,
     NORM: tl.constexpr,
     PATCHES: tl.constexpr,  # of an image, for "instance"
-    SMOOTH_L1: tl.constexpr,
+    DISTANCE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -175,13 +196,20 @@ def _loss_backward_kernel(
         predictions_ptr + rows[:, None] * stride_pr + columns[None, :], mask=present, other=0
     ).to(tl.float32)
     if NORM == "none":
-        difference = prediction - feature
+        wanted = feature
     else:
-        difference = prediction - (feature - mean) * rstd
-    if SMOOTH_L1:  # written so that a NaN stays a NaN
+        wanted = (feature - mean) * rstd
+    difference = prediction - wanted
+    if DISTANCE == "smooth_l1":  # written so that a NaN stays a NaN, here and below
         slope = tl.where(difference >= 1.0, 1.0, tl.where(difference <= -1.0, -1.0, difference))
-    else:
+    elif DISTANCE == "l1":
+        slope = tl.where(difference > 0.0, 1.0, tl.where(difference < 0.0, -1.0, difference))
+    elif DISTANCE == "l2":
         slope = 2.0 * difference
+    else:
+        across = tl.load(cosines_ptr + rows, mask=valid, other=0)[:, None]  # [BLOCK_ROWS, 1]
+        along = tl.load(cosines_ptr + num_rows + rows, mask=valid, other=0)[:, None]
+        slope = along * prediction - across * wanted
     grad = tl.where(valid[:, None], slope * scale, 0.0)
     tl.store(
         grad_ptr + rows[:, None] * D + columns[None, :],
@@ -210,9 +238,11 @@ def loss_forward_launch(
     kind: str,
     norm: str = "layer",
     patches: int = 1,
+    cosines: Tensor | None = None,
 ) -> KernelLaunch:
     """predictions (Tt, D), features (F, D), unit column strides -> partial sums, and for "layer"
-    the statistics; for "instance", which reads them, `patches` is how many rows an image has."""
+    the statistics; for "instance", which reads them, `patches` is how many rows an image has.
+    cosines: (2, Tt) to write, for "cosine"."""
     num_rows, width = predictions.shape
     block_d = round_up_to_power_of_two(width)
     return KernelLaunch(
@@ -224,6 +254,7 @@ def loss_forward_launch(
             "target_rows_ptr": target_rows,
             "mean_ptr": mean,
             "rstd_ptr": rstd,
+            "cosines_ptr": cosines,
             "partial_ptr": partial,
             "num_rows": num_rows,
             "num_features": features.shape[0],
@@ -233,7 +264,7 @@ def loss_forward_launch(
             "NORM": norm,
             "PATCHES": patches,
             "EPS": cpu.TARGET_NORM_EPS,
-            "SMOOTH_L1": kind == "smooth_l1",
+            "DISTANCE": kind,
             "D": width,
             "BLOCK_D": block_d,
         },
@@ -272,6 +303,7 @@ def loss_backward_launch(
     kind: str,
     norm: str = "layer",
     patches: int = 1,
+    cosines: Tensor | None = None,
 ) -> KernelLaunch:
     """What the forward saved or was given -> grad (Tt, D) of the predictions."""
     num_rows, width = predictions.shape
@@ -288,6 +320,7 @@ def loss_backward_launch(
             "target_rows_ptr": target_rows,
             "mean_ptr": mean,
             "rstd_ptr": rstd,
+            "cosines_ptr": cosines,
             "grad_ptr": grad,
             "num_rows": num_rows,
             "num_features": features.shape[0],
@@ -295,7 +328,7 @@ def loss_backward_launch(
             "stride_fr": features.stride(0),
             "NORM": norm,
             "PATCHES": patches,
-            "SMOOTH_L1": kind == "smooth_l1",
+            "DISTANCE": kind,
             "D": width,
             "BLOCK_ROWS": block_rows,
             "BLOCK_D": block_d,
@@ -315,24 +348,28 @@ def prediction_loss(
     kind: str,
     norm: str = "layer",
     statistics: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (2,) loss and 1 / denominator; mean (Tt,) and rstd (Tt,) of the target rows for "layer",
-    empty for the others; all float32. `statistics` (2, B, D) are what "instance" divides by."""
+    empty for the others; a and b (2, Tt) for "cosine", empty for the others; all float32.
+    `statistics` (2, B, D) are what "instance" divides by."""
     num_rows, width = predictions.shape
-    out, mean, rstd = _outputs(predictions, norm)
+    out, mean, rstd, cosines = _outputs(predictions, kind, norm)
     partial = predictions.new_empty(2, loss_programs(num_rows), dtype=torch.float32)
     loss_forward_launch(
         with_unit_columns(predictions), with_unit_columns(features), target_rows.contiguous(),
         *_divisors(mean, rstd, statistics), partial, kind, norm, _patches(features, statistics),
+        cosines if kind == "cosine" else None,
     ).run()  # fmt: skip
-    loss_finish_launch(partial, denominator, width, out).run()
-    return out, mean, rstd
+    values = 1 if kind == "cosine" else width  # of a row
+    loss_finish_launch(partial, denominator, values, out).run()
+    return out, mean, rstd, cosines
 
 
-def _outputs(predictions: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(predictions: Tensor, kind: str, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = predictions.shape[0] if norm == "layer" else 0
     out, mean, rstd = (predictions.new_empty(n, dtype=torch.float32) for n in (2, rows, rows))
-    return out, mean, rstd
+    rows = predictions.shape[0] if kind == "cosine" else 0
+    return out, mean, rstd, predictions.new_empty(2, rows, dtype=torch.float32)
 
 
 def _divisors(mean: Tensor, rstd: Tensor, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -347,7 +384,7 @@ def _patches(features: Tensor, statistics: Tensor | None) -> int:
 
 @prediction_loss.register_fake
 def _(predictions, features, target_rows, denominator, kind, norm="layer", statistics=None):
-    return _outputs(predictions, norm)
+    return _outputs(predictions, kind, norm)
 
 
 @torch.library.custom_op("masked_vit_kernels::prediction_loss_backward", mutates_args=())
@@ -359,6 +396,7 @@ def prediction_loss_backward(
     target_rows: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    cosines: Tensor,
     kind: str,
     norm: str = "layer",
     statistics: Tensor | None = None,
@@ -368,7 +406,7 @@ def prediction_loss_backward(
     loss_backward_launch(
         grad_loss, out, with_unit_columns(predictions), with_unit_columns(features),
         target_rows.contiguous(), *_divisors(mean, rstd, statistics), grad, kind, norm,
-        _patches(features, statistics),
+        _patches(features, statistics), cosines if kind == "cosine" else None,
     ).run()  # fmt: skip
     return grad
 
@@ -383,12 +421,12 @@ def _(grad_loss, out, predictions, *others):
 
 def _save_for_backward(ctx, inputs, output):
     predictions, features, target_rows, _, ctx.kind, ctx.norm, statistics = inputs
-    out, mean, rstd = output
-    ctx.save_for_backward(out, predictions, features, target_rows, mean, rstd, statistics)
-    ctx.mark_non_differentiable(mean, rstd)
+    out, mean, rstd, cosines = output
+    ctx.save_for_backward(out, predictions, features, target_rows, mean, rstd, cosines, statistics)
+    ctx.mark_non_differentiable(mean, rstd, cosines)
 
 
-def _backward(ctx, grad_out, grad_mean, grad_rstd):
+def _backward(ctx, grad_out, grad_mean, grad_rstd, grad_cosines):
     *saved, statistics = ctx.saved_tensors
     grad = prediction_loss_backward(grad_out[0], *saved, ctx.kind, ctx.norm, statistics)
     return grad, None, None, None, None, None, None
@@ -417,11 +455,13 @@ def latent_prediction_loss(
             that is applied here; for "instance" (B, N, D), every patch of every image. Receives no
             gradient.
         target_rows: (Tt,) int32 or int64, row b * N + patch of each prediction, -1 for padding.
-        kind: "smooth_l1" (beta 1, the released code) or "l2" (the paper).
+        kind: "smooth_l1" (beta 1, the released code), "l2" (the paper), "l1" (V-JEPA) or "cosine"
+            (1 - the cosine of a row and its target).
         target_norm: "layer", LayerNorm of each row without affine (the released code); "instance",
             each feature of an image standardised over its N patches (data2vec's choice); "none".
             Variances are biased, with eps 1e-5.
-        denominator: 0-d tensor that the sum is divided by; default: valid rows times D, at least 1.
+        denominator: 0-d tensor that the sum is divided by; default: the number of distances, valid
+            rows times D and for "cosine" valid rows, at least 1.
 
     Returns:
         0-d float32 loss. A NaN in a valid row makes it NaN; padding may hold anything.
@@ -431,7 +471,7 @@ def latent_prediction_loss(
         outside the features, on the CPU; on CUDA such a row counts as padding.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind must be 'smooth_l1' or 'l2', got {kind!r}")
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if target_norm not in TARGET_NORMS:
         raise ValueError(f"target_norm must be one of {TARGET_NORMS}, got {target_norm!r}")
     check_shape("predictions", predictions, (None, None), "(Tt, D)")
@@ -463,7 +503,7 @@ def latent_prediction_loss(
     check_dtype("target_features", target_features)
     features = target_features.detach()
     statistics = image_statistics(features) if target_norm == "instance" else None
-    out, _, _ = prediction_loss(
+    out, *_ = prediction_loss(
         predictions, features.reshape(-1, width), target_rows, denominator, kind, target_norm,
         statistics,
     )  # fmt: skip
