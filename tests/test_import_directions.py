@@ -98,7 +98,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
             "visualize",
         },
         "doctor": {"machine", "versions"},
-        "ablate": {"config", "recipes", "disk", "report", "train"},
+        "ablate": {"config", "recipes", "disk", "evaluate", "report", "train"},
         "cli": {
             FACE, "config", "recipes", "data", "cost", "report", "train", "propose", "downstream",
             "ablate", "doctor",

@@ -14,13 +14,14 @@ from pathlib import Path
 from ijepa.ablate.runs import PlannedRun
 from ijepa.ablate.tables import Comparison, Variant
 from ijepa.disk import write_whole, written_aside
+from ijepa.evaluate.pooling import LAST, LAST4, MEAN_AND_STD
 from ijepa.report.probes import Probes, read_probes
 
 MAIN = "linear probe, last 4 blocks"
 _ROWS = {  # our name -> (row of the closing table, its score)
-    MAIN: ("pretrained, last 4 blocks", "linear"),
-    "linear probe, mean and std": ("pretrained, last 4 blocks, mean and std", "linear"),
-    "whitened kNN, last block": ("pretrained, last block", "whitened_knn"),
+    MAIN: (f"pretrained, {LAST4}", "linear"),
+    "linear probe, mean and std": (f"pretrained, {MEAN_AND_STD}", "linear"),
+    "whitened kNN, last block": (f"pretrained, {LAST}", "whitened_knn"),
 }
 _SURE = 2.0  # standard errors of a difference
 

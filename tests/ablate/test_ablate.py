@@ -151,7 +151,7 @@ def test_a_task_that_is_not_there_is_named(tiny, tmp_path):
     planned = plan_runs(comparison, load_recipe(tiny), tmp_path, [0])
     planned[0].folder.mkdir(parents=True)
     scores = {"shape": {"linear": 0.5, "knn": 0.4, "whitened_knn": 0.3}}
-    names = ("last block", "last 4 blocks", "last 4 blocks, mean and std")
+    names = ("last block", "last 4 blocks", "last 4, mean and std")
     rows = [{"features": f"pretrained, {name}", "scores": scores} for name in names]
     text = json.dumps({"chance": {"shape": 0.1}, "rows": rows})
     (planned[0].folder / "probes.json").write_text(text)
