@@ -133,7 +133,9 @@ def _check_same(run: PlannedRun) -> None:
         return
     metadata = read_metadata(find_checkpoint(run.folder))
     saved = by_name(recipe_from_dict(metadata["config"], str(run.folder)))
-    for key, value in by_name(run.recipe.in_steps(metadata["data"]["images"])).items():
+    wanted = by_name(run.recipe.in_steps(metadata["data"]["images"]))
+    for key in sorted(wanted, key=lambda key: key != "train.steps"):  # others follow from it
+        value = wanted[key]
         if value != saved[key] and (key not in RESUMABLE or key == "train.steps"):
             raise ValueError(
                 f"{run.folder} holds a run with {key} {saved[key]}, not {value}: choose another "
