@@ -105,11 +105,8 @@ def do_runs(
         What failed, as "name: reason"; the others are done all the same.
 
     Raises:
-        ValueError: a folder holds a run of other settings.
         KeyboardInterrupt: a signal stopped a run, which has saved.
     """
-    for run in planned:
-        _check_same(run)
     left = [run for run in planned if not run.over]
     if len(left) < len(planned):
         console.print(f"{len(planned) - len(left)} of {len(planned)} runs are over already")
@@ -127,7 +124,7 @@ def do_runs(
     return failed
 
 
-def _check_same(run: PlannedRun) -> None:
+def check_same(run: PlannedRun) -> None:
     """Raise ValueError where the folder holds a run of other settings."""
     if not holds_checkpoint(run.folder):
         return
