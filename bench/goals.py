@@ -141,7 +141,7 @@ class AttentionTables:
 
 
 def predicted_share(predictions: list[dict]) -> str:
-    """The smallest share of the floor predicted, as its range from serial to overlapped time."""
+    """The smallest share of the floor predicted, of the played and of the overlapped time."""
     if not predictions:
         return ""
     worst = min(predictions, key=lambda row: row["share_of_floor"][0])
@@ -277,7 +277,7 @@ def prediction_note(filed: dict) -> str:
     """Where the predictions come from."""
     return (
         f"Predicted on {filed['date']} for an H200 by `bench/ops/attention_estimate.py`, from the"
-        f" sm_90 machine code of commit {filed['commit']}: the worst of the shapes, by the serial"
+        f" sm_90 machine code of commit {filed['commit']}: the worst of the shapes, by the played"
         " and by the overlapped time."
     )
 

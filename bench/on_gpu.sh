@@ -5,6 +5,7 @@
 #   bash bench/on_gpu.sh OUT                                         B/16 and all kernels
 #   ONLY="step packed report" BENCH_SIZES=L/16 bash bench/on_gpu.sh OUT       the other models,
 #   ONLY="step packed report" BENCH_SIZES=H/14 bash bench/on_gpu.sh OUT       a call each
+#   ONLY="tune" bash bench/on_gpu.sh OUT                             the tiles of attention alone
 #   ONLY="sanitize profile" bash bench/on_gpu.sh OUT                 memory checks; where time goes
 #   ONLY="lengths flex curves" bash bench/on_gpu.sh OUT              long lists, curves
 #   bash bench/on_gpu.sh OUT --dry                                   every line on the CPU, small
@@ -107,6 +108,10 @@ tests tests 110 -k "not test_lengths_against_float64"
 wait
 bench step "${STEP_SECONDS:-240}" bench/step/bench_step.py -k truncate
 bench attention 100 bench/ops/bench_attention.py -k "not flex"
+if [ "$DRY" != --dry ]; then  # there is no device to choose tiles for
+    part tune 110 "$PYTHON" -m bench.ops.tune_attention --out "$SCRATCH/tiles.json" --seconds 45
+    cp "$SCRATCH/tiles.json" "$OUT/results/" 2>>"$OUT/log.txt"
+fi
 bench optimizer 40 bench/ops/bench_adamw_ema.py "${OPTIMIZER[@]}"
 bench tokens 60 bench/ops/bench_gather.py bench/ops/bench_prediction_loss.py \
     bench/ops/bench_predictor_tokens.py bench/ops/bench_patch_embed.py

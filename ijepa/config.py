@@ -386,10 +386,18 @@ class TrainConfig:
         accumulate: micro-batches a step, on each rank.
         precision: "fp32", "bf16" (autocast) or "bf16-params" (bfloat16 weights beside float32
             masters that the optimiser keeps and checkpoints write).
+        target_precision: "same" as `precision`, or "fp8": the target encoder's products run in
+            float8, each token and each row of weights with its own scale, in the training step
+            alone; beside a bf16 `precision`. Twice the rate on Hopper, Ada and Blackwell; CPUs
+            compute the same numbers more slowly. Checkpoints are the same either way.
         compile: trace and fuse everything between the kernels with torch.compile; "auto" does on a
             GPU. The first step of each capacity then takes a minute or so. "blocks" traces one
             transformer block for all of a network, which takes seconds.
         cuda_graph: replay a step as one CUDA graph; a single GPU without accumulation only.
+        parallel: what several ranks do (torchrun), nothing in a single process: "ddp" holds
+            everything on each and sums gradients while the backward pass runs; "fsdp" holds shards
+            of weights, gradients and optimiser; "hsdp" shards within a machine and replicates over
+            machines. "auto" is ddp where its state leaves half of a GPU's memory, else shards.
         seed: of initialisation, data order, crops and masks.
         device: "auto", "cpu" or "cuda".
         output: folder of the run; None makes runs/<recipe>-<number>.
@@ -403,8 +411,10 @@ class TrainConfig:
     batch_size: int = 64
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
+    target_precision: Literal["same", "fp8"] = "same"
     compile: Literal["auto", "on", "blocks", "off"] = "auto"
     cuda_graph: bool = False
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str | None = None
@@ -431,6 +441,10 @@ class TrainConfig:
         _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
+        )
+        _require(
+            self.target_precision == "same" or self.precision != "fp32",
+            'target_precision = "fp8" goes with precision = "bf16" or "bf16-params", got "fp32"',
         )
         _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2**63), got {self.seed}")
         _require(

@@ -97,7 +97,13 @@ class IJEPA(nn.Module):
 
     The target encoder starts as a copy of the context encoder, receives no gradients and is moved
     by the optimiser's exponential average.
+
+    Attributes:
+        float8_targets: the target encoder's products run in float8, by copies of its weights that
+            the optimiser keeps; in `targets` alone, not where the encoder itself is called.
     """
+
+    float8_targets: bool = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -144,12 +150,15 @@ class IJEPA(nn.Module):
         """
         of_encoder = self.config.target == "representation"
         if of_encoder and self.config.target_masking == "input":
-            features = self.target_encoder(images, masks.targets, masks.target_packing)
+            features = self.target_encoder(
+                images, masks.targets, masks.target_packing, float8=self.float8_targets
+            )
             rows = torch.arange(masks.targets.shape[0], device=masks.targets.device)
             return features, rows.masked_fill(masks.targets < 0, -1)
         if of_encoder and self.config.prunes_target:
             union = KeptRows(masks.target_union, masks.target_union_packing)
-            return self.target_encoder(images, kept=union), masks.target_rows_in_union
+            features = self.target_encoder(images, kept=union, float8=self.float8_targets)
+            return features, masks.target_rows_in_union
         return self.patch_targets(images), masks.target_rows
 
     @torch.no_grad()
@@ -158,7 +167,7 @@ class IJEPA(nn.Module):
         features of the target encoder, or pixels."""
         if self.config.target == "pixels":
             return self._pixels(images)
-        return self.target_encoder(images)
+        return self.target_encoder(images, float8=self.float8_targets)
 
     def prepare(self, batch_size: int) -> None:
         """Build what a forward pass would build at its first use, so that it can be traced."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from masked_vit_kernels import (
+    Float8Rows,
     Packing,
     embed_visible_patches,
+    float8_linear,
     gather_tokens,
     linear,
     pack_lengths,
@@ -83,11 +85,26 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the fastest product for its device."""
+    """nn.Linear by the fastest product for its device.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, K) -> (T, N)."""
+    Attributes:
+        float8: a copy of the weight that the optimiser keeps, or None.
+    """
+
+    float8: Float8Rows | None = None
+
+    def forward(self, x: Tensor, float8: bool = False) -> Tensor:
+        """(T, K) -> (T, N); by the float8 copy where asked for."""
+        if float8:
+            return float8_linear(x, self.float8_rows, self.bias)
         return linear(x, self.weight, self.bias)
+
+    @property
+    def float8_rows(self) -> Float8Rows:
+        """The copy, which has to be there."""
+        if self.float8 is None:
+            raise RuntimeError("no float8 copy of this layer: `ijepa.train.optim` makes them")
+        return self.float8
 
 
 class Attention(nn.Module):
@@ -101,10 +118,12 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing, index: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, packing: Packing, index: Tensor | None = None, float8: bool = False
+    ) -> Tensor:
         """(T, D) -> (T, D); with `index` (T,), token t is row index[t] of `x`."""
         width = x.shape[1]
-        qkv = self.qkv(x)
+        qkv = self.qkv(x, float8)
         if index is not None:
             qkv = gather_tokens(qkv, index)
         tokens = qkv.shape[0]
@@ -113,17 +132,31 @@ class Attention(nn.Module):
             qkv, packing.cu_seqlens, packing.max_seqlen, packing=packing
         )
         assert isinstance(mixed, Tensor)  # no LSE was asked for
-        return self.proj(mixed.reshape(tokens, width))
+        return self.proj(mixed.reshape(tokens, width), float8)
 
-    def attend_from(self, kept: Tensor, kept_packing: Packing, x: Tensor, packing: Packing):
+    def attend_from(
+        self,
+        kept: Tensor,
+        kept_packing: Packing,
+        x: Tensor,
+        packing: Packing,
+        float8: bool = False,
+    ) -> Tensor:
         """Queries from `kept` (K, D), keys and values from `x` (T, D) -> (K, D)."""
         width = x.shape[1]
         split = (self.heads, width // self.heads)
-        query_weight, key_value_weight = self.qkv.weight.split([width, 2 * width])
         query_bias, key_value_bias = self.qkv.bias.split([width, 2 * width])
+        if float8:
+            rows = self.qkv.float8_rows
+            query = float8_linear(kept, rows[:width], query_bias)
+            key_value = float8_linear(x, rows[width:], key_value_bias)
+        else:
+            query_weight, key_value_weight = self.qkv.weight.split([width, 2 * width])
+            query = linear(kept, query_weight, query_bias)
+            key_value = linear(x, key_value_weight, key_value_bias)
         mixed = varlen_attention_kvpacked(
-            linear(kept, query_weight, query_bias).view(-1, *split),
-            linear(x, key_value_weight, key_value_bias).view(-1, 2, *split),
+            query.view(-1, *split),
+            key_value.view(-1, 2, *split),
             kept_packing.cu_seqlens,
             packing.cu_seqlens,
             kept_packing.max_seqlen,
@@ -132,7 +165,7 @@ class Attention(nn.Module):
             packing_k=packing,
         )
         assert isinstance(mixed, Tensor)  # no LSE was asked for
-        return self.proj(mixed.reshape(-1, width))
+        return self.proj(mixed.reshape(-1, width), float8)
 
 
 class MLP(nn.Module):
@@ -143,9 +176,9 @@ class MLP(nn.Module):
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, float8: bool = False) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x, float8)), float8)
 
 
 class Block(nn.Module):
@@ -164,22 +197,23 @@ class Block(nn.Module):
         packing: Packing,
         kept: KeptRows | None = None,
         repeated: RepeatedRows | None = None,
+        float8: bool = False,
     ) -> Tensor:
         """(T, D) -> (T, D), or only the `kept` rows of it -> (K, D).
 
         With `repeated`, which `x` must be equal to, queries, keys and values are computed once for
-        every distinct row.
+        every distinct row. With `float8`, products take the layers' float8 copies.
         """
         if repeated is not None and kept is None:
-            x = x + self.attn(self.norm1(repeated.distinct), packing, repeated.index)
+            x = x + self.attn(self.norm1(repeated.distinct), packing, repeated.index, float8)
         elif kept is None:
-            x = x + self.attn(self.norm1(x), packing)
+            x = x + self.attn(self.norm1(x), packing, float8=float8)
         else:
             residual = gather_tokens(x, kept.rows, kept.packing)  # (K, D)
             x = residual + self.attn.attend_from(
-                self.norm1(residual), kept.packing, self.norm1(x), packing
+                self.norm1(residual), kept.packing, self.norm1(x), packing, float8
             )
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x), float8)
 
 
 def make_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
@@ -195,6 +229,7 @@ def run_blocks(
     kept: KeptRows | None = None,
     repeated: RepeatedRows | None = None,
     activation_checkpointing: bool = False,
+    float8: bool = False,
 ) -> Tensor:
     """(T, D) through all blocks; with `kept`, the last one computes those rows alone -> (K, D).
 
@@ -207,7 +242,7 @@ def run_blocks(
         if recompute:
             x = checkpoint(block, x, packing, block_kept, block_repeated, use_reentrant=False)
         else:
-            x = block(x, packing, block_kept, block_repeated)
+            x = block(x, packing, block_kept, block_repeated, float8)
     return x
 
 
@@ -276,6 +311,7 @@ class Encoder(nn.Module):
         packing: Packing | None = None,
         *,
         kept: KeptRows | None = None,
+        float8: bool = False,
     ) -> Tensor:
         """Features after the final norm.
 
@@ -286,6 +322,7 @@ class Encoder(nn.Module):
             ids: (T,) patch ids of `packing`'s sequences, -1 on padding; None takes every patch.
             packing: B * m sequences, those of image 0 first.
             kept: rows to compute in the last block, among the T (or B * N) tokens.
+            float8: take the float8 copies of the blocks' weights; without gradients.
 
         Returns:
             (T, D) packed; (B, N, D) without ids; (K, D) with `kept`.
@@ -293,7 +330,7 @@ class Encoder(nn.Module):
         x, packing = self._embed(images, ids, packing)
         x = run_blocks(
             self.blocks, x, packing, kept=kept,
-            activation_checkpointing=self.activation_checkpointing,
+            activation_checkpointing=self.activation_checkpointing, float8=float8,
         )  # fmt: skip
         x = self.norm(x)
         return x.view(images.shape[0], -1, x.shape[1]) if ids is None and kept is None else x

@@ -85,8 +85,13 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, bounds_q: list, bounds_k: list, scal
     return torch.cat(outputs)
 
 
-def check_attention(case: AttentionProblem, *, config=None, plan=None) -> dict[str, Tensor]:
-    """Forward, LSE and gradients of one problem against float64; returns the results."""
+def check_attention(
+    case: AttentionProblem, *, config=None, plan=None, capability=None
+) -> dict[str, Tensor]:
+    """Forward, LSE and gradients of one problem against float64; returns the results.
+
+    Tiles: those given, or those of a capability's launch table (default: the device's, or 90).
+    """
     scale = 1.3 * case.head_dim**-0.5
     totals = sum(case.lengths_q), sum(case.lengths_k)
     packing_q, packing_k = (
@@ -114,10 +119,10 @@ def check_attention(case: AttentionProblem, *, config=None, plan=None) -> dict[s
         "q": q, "k": k, "v": v, "out": buffers["out"].tensor, "lse": buffers["lse"].tensor,
         "queries": queries, "keys": keys, "softmax_scale": scale,
     }  # fmt: skip
-    forward_launch(**given, config=config).run()
+    forward_launch(**given, config=config, capability=capability).run()
     for launch in backward_launches(
         **given, dout=dout, delta=delta.tensor, dq=buffers["dq"].tensor, dk=buffers["dk"].tensor,
-        dv=buffers["dv"].tensor, plan=plan,
+        dv=buffers["dv"].tensor, plan=plan, capability=capability,
     ):  # fmt: skip
         launch.run()
     results = {name: buffer.check() for name, buffer in buffers.items()}

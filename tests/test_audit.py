@@ -84,3 +84,51 @@ def test_loops_are_found_in_machine_code():
 def test_table_capability_without_a_gpu():
     assert table_capability(torch.device("cpu")) == 90
     assert table_capability(torch.device("meta")) in CAPABILITIES
+
+
+# What ptxas made of two products: the second takes its keys' address from UR6, which a reload
+# should have filled; it still holds a pointer. `MISSING` is that reload.
+MISSING = "        /*0060*/                   R2UR UR6, R8 ;\n"
+SPILLED = f"""
+        /*0000*/                   MOV R2, 0x400 ;
+        /*0010*/                   S2R R3, SR_CgaCtaId ;
+        /*0020*/                   LEA R8, R3, R2, 0x18 ;
+        /*0030*/                   R2UR UR4, R8 ;
+        /*0040*/                   UMOV UR5, 0x40000040 ;
+        /*0050*/                   ULDC.64 UR6, c[0x0][0x230] ;
+{MISSING}        /*0070*/                   UMOV UR7, 0x40000040 ;
+        /*0080*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0090*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24, gsb0 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_a_descriptor_from_a_stale_register_is_seen():
+    assert audit.foreign_descriptors(SPILLED) == []
+    assert audit.foreign_descriptors(SPILLED.replace(MISSING, "")) == [0x80, 0x90]
+    by_thread = MISSING.replace("0060", "0058").replace("R2UR UR6, R8", "S2R R8, SR_TID.X")
+    by_thread += MISSING
+    assert audit.foreign_descriptors(SPILLED.replace(MISSING, by_thread)) == [0x80, 0x90]
+
+
+@pytest.mark.parametrize(
+    ("shift", "found"), [("0x5", []), ("0x4", [0x80])], ids=["of the warp", "of the thread"]
+)
+def test_a_descriptor_may_depend_on_the_warp_alone(shift, found):
+    number = f"""
+        /*0052*/                   S2R R9, SR_TID.X ;
+        /*0054*/                   SHF.R.U32.HI R9, RZ, {shift}, R9 ;
+        /*0056*/                   R2UR UR4, R9 ;
+"""
+    assert audit.foreign_descriptors(SPILLED.replace(MISSING, number + MISSING)) == found
+
+
+@pytest.mark.audit
+def test_the_tiles_that_an_h200_computed_wrongly_are_refused():
+    """dq was wrong, or an address illegal, in unpipelined programs of D=80."""
+    case = next(c for c in audit_cases(90) if "flash_queries" in c.name and "head_dim=80" in c.name)
+    unpipelined = dataclasses.replace(
+        case.launch, num_stages=1, max_registers=None,
+        arguments=case.launch.arguments | {"BLOCK_Q": 64, "BLOCK_K": 64},
+    )  # fmt: skip
+    assert any("miscompiled" in t for t in audit.violations("matmul", _measure(unpipelined), 90))

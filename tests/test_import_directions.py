@@ -42,18 +42,19 @@ PACKAGES = {
 # is read for what it imports from outside alone.
 ROOMS: dict[str, dict[str, set[str]]] = {
     "masked_vit_kernels": {
-        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear"},
+        FACE: {"attention", "tokens", "optimizer", "packing", "cpu_linear", "float8"},
         "packing": set(),
         "checks": set(),
         "pixels": set(),
         "cpu_linear": set(),
+        "float8": {"checks"},
         "bundle": set(),
         "kernel_language": set(),
         "launch": {"bundle", "kernel_language"},
         # The three kinds of ops do not know each other.
         "attention": {"packing", "checks", "launch", "kernel_language"},
         "tokens": {"packing", "checks", "launch", "pixels", "kernel_language"},
-        "optimizer": {"checks", "launch", "kernel_language"},
+        "optimizer": {"checks", "launch", "kernel_language", "float8"},
         "compile": {"launch"},
         "catalogue": {"attention", "tokens", "optimizer", "packing", "launch"},
         "audit": {"catalogue", "compile", "launch"},
@@ -78,7 +79,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
         "visualize": {"counter_rng", "disk", "masks", "printable"},
-        "cost": {"config", "counter_rng", "masks", "recipes"},
+        "cost": {"config", "counter_rng", "disk", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
         "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
@@ -99,8 +100,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "doctor": {"machine", "versions"},
         "ablate": {"config", "recipes", "disk", "report", "train"},
         "cli": {
-            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "ablate",
-            "doctor",
+            FACE, "config", "recipes", "data", "cost", "report", "train", "propose", "downstream",
+            "ablate", "doctor",
         },
     },
 }  # fmt: skip

@@ -38,8 +38,11 @@ class WorkingCode:
         return sum(first <= address <= last for first, last in self.loops)
 
 
-def working_code(sass: str) -> WorkingCode:
+def working_code(sass: str, within: Loop | None = None) -> WorkingCode:
     """What programs with work run, of machine code as nvdisasm prints it.
+
+    within: a loop: of programs that come to the products in it, where a kernel has code of its own
+        for several lengths.
 
     Raises:
         ValueError: no product, or control flow or copies of a kind that is not followed here.
@@ -51,7 +54,10 @@ def working_code(sass: str) -> WorkingCode:
                 f"{opcode} at {address:#x}: branches by BRA and copies by LDG and LDGSTS are"
                 " followed, nothing else; teach bench/ops/machine_flow.py this instruction"
             )
-    products = [address for address, opcode, _ in code if PRODUCT.match(opcode)]
+    products = [
+        address for address, opcode, _ in code
+        if PRODUCT.match(opcode) and (within is None or within[0] <= address <= within[1])
+    ]  # fmt: skip
     if not products:
         raise ValueError("no matrix product (HGMMA, HMMA) in this machine code")
     after = _successors(code, sass)

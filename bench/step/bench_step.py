@@ -117,6 +117,9 @@ def make_providers(precision: str, batching: str) -> dict[str, Callable[[IJEPA],
         builders["ours, bf16 weights and residual, blocks compiled, graph"] = lambda model: Ours(
             with_bf16_residual(model), parameters, compile="blocks", cuda_graph=True
         )
+        builders["ours, bf16 weights, fp8 targets, blocks compiled, graph"] = functools.partial(
+            Ours, precision=parameters, target_precision="fp8", compile="blocks", cuda_graph=True
+        )
         builders["ours, bf16 weights, compiled, graph"] = functools.partial(
             Ours, precision=parameters, compile=True, cuda_graph=True
         )

@@ -34,11 +34,19 @@ def our_phases(
 class Ours:
     """One optimiser step a call."""
 
-    def __init__(self, model: IJEPA, precision: str, *, compile=False, cuda_graph: bool = False):
+    def __init__(
+        self,
+        model: IJEPA,
+        precision: str,
+        *,
+        target_precision: str = "same",
+        compile=False,
+        cuda_graph: bool = False,
+    ):
         self.autocast = precision == "bf16"
         self.trainer = Trainer(
             model, OptimConfig(), SCHEDULE, precision=precision,
-            compile=compile, cuda_graph=cuda_graph,
+            target_precision=target_precision, compile=compile, cuda_graph=cuda_graph,
         )  # fmt: skip
 
     def __call__(self, images: Tensor, masks: MaskBatch, clock: Clock = no_clock) -> Tensor:

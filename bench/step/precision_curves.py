@@ -1,4 +1,4 @@
-"""Loss curves of one small run in float32, bfloat16 autocast and bfloat16 weights, same data.
+"""Loss curves of one small run in float32, bfloat16 and with float8 targets, same data.
 
 python -m bench.step.precision_curves --steps 500 --out bench/results
 
@@ -29,12 +29,13 @@ from ijepa.masks.from_config import build_mask_sampler
 from ijepa.recipes import load_recipe
 
 Residual = Literal["fp32", "bf16"]
-RUNS: dict[str, tuple[str, Residual]] = {  # label -> precision, residual stream
-    "fp32": ("fp32", "fp32"),
-    "bf16 autocast": ("bf16", "fp32"),
-    "bf16 autocast, bf16 residual": ("bf16", "bf16"),
-    "bf16 weights": ("bf16-params", "fp32"),
-    "bf16 weights, bf16 residual": ("bf16-params", "bf16"),
+RUNS: dict[str, tuple[str, Residual, str]] = {  # label -> precision, residual stream, targets
+    "fp32": ("fp32", "fp32", "same"),
+    "bf16 autocast": ("bf16", "fp32", "same"),
+    "bf16 autocast, bf16 residual": ("bf16", "bf16", "same"),
+    "bf16 weights": ("bf16-params", "fp32", "same"),
+    "bf16 weights, bf16 residual": ("bf16-params", "bf16", "same"),
+    "bf16 weights, fp8 targets": ("bf16-params", "fp32", "fp8"),
 }
 CPU_MODEL = {"model.image_size": [24, 24], "model.width": 32, "model.depth": 2, "model.heads": 2,
              "model.predictor_width": 16, "model.predictor_depth": 1, "model.predictor_heads": 1,
@@ -60,10 +61,13 @@ def render(recipe: Recipe) -> Tensor:
 
 def losses_of(label: str, recipe: Recipe, images: Tensor, device: torch.device) -> list[float]:
     """The loss of every step; read at the end."""
-    precision, residual = RUNS[label]
+    precision, residual, targets = RUNS[label]
     config = replace(recipe.model, residual=residual)
     torch.manual_seed(0)
-    trainer = Trainer(IJEPA(config).to(device), recipe.optim, recipe.schedule, precision=precision)
+    trainer = Trainer(
+        IJEPA(config).to(device), recipe.optim, recipe.schedule, precision=precision,
+        target_precision=targets,
+    )  # fmt: skip
     batch = recipe.train.batch_size
     sampler = build_mask_sampler(recipe.masks, config.grid, batch, torch.device("cpu"))
     losses = []

@@ -105,6 +105,19 @@ def total_flops(flops: dict[str, Flops]) -> float:
     return sum(part.total for part in flops.values())
 
 
+def target_products(config: ModelConfig, tokens: TokenCounts) -> float:
+    """Operations of the target encoder's linear layers for an image: what float8 speeds up."""
+    if config.target == "pixels":
+        return 0.0
+    if config.target_masking == "input":
+        return config.depth * _block(config, tokens.targets, 0.0)
+    patches = config.num_patches
+    last = tokens.union if config.prune_target else patches
+    return (config.depth - 1) * _block(config, patches, 0.0) + _pruned_block(
+        config, patches, last, 0.0
+    )
+
+
 def step_flops(config: ModelConfig, tokens: TokenCounts) -> dict[str, Flops]:
     """Operations an image costs in a step: keys "target", "context" and "predictor"."""
     context_embed = _embedding(config, tokens.context)

@@ -12,36 +12,39 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Trained parameters of an encoder and of the predictor; fixed positions are not counted."""
     pixels = config.channels * config.patch_size[0] * config.patch_size[1]
     width, narrow = config.width, config.predictor_width
-    encoder = pixels * width + width + config.depth * _block_parameters(width, config) + 2 * width
+    encoder = pixels * width + width + config.depth * block_parameters(width, config) + 2 * width
     predictor = (
         (width * narrow + narrow)
         + narrow
-        + config.predictor_depth * _block_parameters(narrow, config)
+        + config.predictor_depth * block_parameters(narrow, config)
         + 2 * narrow
         + (narrow * config.target_width + config.target_width)
     )
     return {"encoder": encoder, "predictor": predictor}
 
 
-def _block_parameters(width: int, config: ModelConfig) -> int:
+def block_parameters(width: int, config: ModelConfig) -> int:
+    """Of one transformer block of this width."""
     hidden = round(width * config.mlp_ratio)
     attention = 3 * width * width + 3 * width + width * width + width
     return attention + 2 * width * hidden + hidden + width + 4 * width
 
 
-def state_bytes(parameters: dict[str, int], precision: str) -> int:
+def state_bytes(parameters: dict[str, int], precision: str, target_precision: str = "same") -> int:
     """Bytes of what lives through the run.
 
     A trained parameter holds weight, gradient and Adam's two moments, 4 bytes each. The bf16 mode
     autocasts, and so keeps one bf16 copy of every weight alive through a step besides. With bf16
-    parameters weight and gradient take 2 bytes each, beside a float32 master.
+    parameters weight and gradient take 2 bytes each, beside a float32 master. Float8 copies of the
+    target encoder's weights take 1.
     """
+    float8 = parameters["encoder"] if target_precision == "fp8" else 0
     trained = parameters["encoder"] + parameters["predictor"]
     target = parameters["encoder"]
     if precision == "bf16-params":
-        return 16 * trained + 6 * target
+        return 16 * trained + 6 * target + float8
     copies = 2 * (trained + target) if precision == "bf16" else 0
-    return 16 * trained + 4 * target + copies
+    return 16 * trained + 4 * target + copies + float8
 
 
 def activation_bytes(config: ModelConfig, tokens: TokenCounts, precision: str) -> float:

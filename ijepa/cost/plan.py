@@ -11,9 +11,22 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from ijepa.config import Recipe
-from ijepa.cost.flops import Flops, sample_tokens, step_flops, total_flops
+from ijepa.cost.flops import (
+    Flops,
+    TokenCounts,
+    sample_tokens,
+    step_flops,
+    target_products,
+    total_flops,
+)
 from ijepa.cost.gpus import GPUS, Gpu
-from ijepa.cost.memory import activation_bytes, count_parameters, state_bytes
+from ijepa.cost.memory import (
+    activation_bytes,
+    block_parameters,
+    count_parameters,
+    state_bytes,
+)
+from ijepa.cost.scaling import Networks, Point, scaling
 from ijepa.recipes import check_known
 
 DEFAULT_MFU = 0.5
@@ -28,12 +41,15 @@ class Plan:
 
     Attributes:
         flops: operations of an image by part of the step.
+        float8_flops: those of them that run in float8.
         parameters: of each network.
         state_bytes: weights, gradients, optimiser and target encoder, on every GPU.
         image_bytes: activations that one image keeps for the backward pass.
         largest_batch: images of one micro-batch that fit a GPU, 0 where not one does.
         images_per_second: of all GPUs.
-        seconds: of the whole run.
+        seconds: of the whole run, sending left out.
+        room: bytes of a GPU's memory that can be used.
+        points: the step on one GPU to `gpus`, sending counted.
         mfu: share of the GPU's datasheet rate the times assume.
         micro_batch: images of a GPU's forward pass, as the recipe has it.
     """
@@ -44,6 +60,7 @@ class Plan:
     mfu: float
     micro_batch: int
     flops: dict[str, Flops]
+    float8_flops: float
     parameters: dict[str, int]
     state_bytes: int
     image_bytes: float
@@ -51,6 +68,8 @@ class Plan:
     images_per_second: float
     images: float
     seconds: float
+    room: float
+    points: list[Point]
 
 
 def plan_recipe(
@@ -92,10 +111,13 @@ def plan_recipe(
     tokens = sample_tokens(recipe, micro_batch)
     flops = step_flops(config, tokens)
     parameters = count_parameters(config)
-    state = state_bytes(parameters, recipe.train.precision)
+    state = state_bytes(parameters, recipe.train.precision, recipe.train.target_precision)
     image = activation_bytes(config, tokens, recipe.train.precision)
-    room = device.memory * _GIB * (1 - _RESERVED) - state
-    rate = gpus * device.teraflops * 1e12 * mfu / total_flops(flops)
+    usable = device.memory * _GIB * (1 - _RESERVED)
+    room = usable - state
+    in_float8 = _in_float8(recipe, device, tokens)
+    cost = total_flops(flops) - in_float8 * (1 - device.teraflops / (device.float8_teraflops or 1))
+    rate = gpus * device.teraflops * 1e12 * mfu / cost
     images = float(recipe.in_steps(num_images).train.num_steps) * recipe.train.batch_size
     return Plan(
         recipe=recipe,
@@ -104,6 +126,7 @@ def plan_recipe(
         mfu=mfu,
         micro_batch=micro_batch,
         flops=flops,
+        float8_flops=in_float8,
         parameters=parameters,
         state_bytes=state,
         image_bytes=image,
@@ -111,7 +134,37 @@ def plan_recipe(
         images_per_second=rate,
         images=images,
         seconds=images / rate,
+        room=usable,
+        points=scaling(
+            recipe,
+            Networks(
+                trained=sum(parameters.values()),
+                averaged=parameters["encoder"],
+                blocks=2 * config.depth + config.predictor_depth,
+                state_bytes=state,
+                image_bytes=image,
+                largest_unit=block_parameters(config.width, config),
+            ),
+            flops,
+            gpu=device,
+            gpus=gpus,
+            mfu=mfu,
+            room=usable,
+        ),
     )
+
+
+def _in_float8(recipe: Recipe, device: Gpu, tokens: TokenCounts) -> float:
+    """Operations of an image in float8; ValueError where the GPU has no such products."""
+    if recipe.train.target_precision != "fp8":
+        return 0.0
+    if device.float8_teraflops is None:
+        able = ", ".join(key for key, gpu in GPUS.items() if gpu.float8_teraflops)
+        raise ValueError(
+            f'train.target_precision = "fp8", but an {device.label} multiplies no float8: plan for '
+            f'one of {able}, or with train.target_precision = "same"'
+        )
+    return target_products(recipe.model, tokens)
 
 
 def render_plan(plan: Plan) -> Table:
@@ -126,6 +179,8 @@ def render_plan(plan: Plan) -> Table:
             f"{flops.forward / 1e9:,.1f} / {flops.total / 1e9:,.1f} GFLOP an image",
         )
     table.add_row("whole step", f"{total_flops(plan.flops) / 1e9:,.1f} GFLOP an image")
+    if plan.float8_flops:
+        table.add_row("of it in float8", f"{plan.float8_flops / 1e9:,.1f} GFLOP an image")
     table.add_row(
         "parameters",
         f"encoder {plan.parameters['encoder'] / 1e6:,.1f} M, "
@@ -146,4 +201,8 @@ def render_plan(plan: Plan) -> Table:
     hours = plan.seconds / 3600
     table.add_row("time", f"{hours:,.1f} hours = {hours / 24:,.2f} days")
     table.add_row("GPU-hours", f"{hours * plan.gpus:,.0f}")
+    rate = plan.points[-1].images_per_second(plan.recipe.train.batch_size)
+    if plan.gpus > 1 and rate is not None:
+        hours = plan.images / rate / 3600
+        table.add_row("time, sending counted", f"{hours:,.1f} hours = {hours / 24:,.2f} days")
     return table

@@ -7,12 +7,13 @@ way of a flag on the device: weights, Adam's state and the target encoder stay b
 from __future__ import annotations
 
 import torch
-from masked_vit_kernels import AdamWEMA
+from masked_vit_kernels import AdamWEMA, Float8Rows
 from torch import Tensor, nn
 
 from ijepa.config import OptimConfig
 from ijepa.model import IJEPA
 from ijepa.train.schedules import ScheduleValues
+from ijepa.vit import Linear
 
 
 def make_optimizer(model: IJEPA, config: OptimConfig) -> AdamWEMA:
@@ -63,6 +64,21 @@ def apply_schedule(optimizer: AdamWEMA, values: ScheduleValues) -> None:
         group["lr"] = values.lr
         group["weight_decay"] = values.weight_decay if group["decayed"] else 0.0
     optimizer.momentum = values.momentum
+
+
+def compute_targets_in_float8(model: IJEPA, optimizer: AdamWEMA) -> None:
+    """Give the target encoder's layers float8 copies, which the optimiser keeps from now on.
+
+    Raises:
+        ValueError: sizes or a GPU that float8 products do not take.
+    """
+    layers = [m for m in model.target_encoder.blocks.modules() if isinstance(m, Linear)]
+    copies = []
+    for layer in layers:
+        layer.float8 = Float8Rows.empty_like(layer.weight)
+        copies.append((layer.weight, layer.float8))
+    optimizer.add_float8_copies(copies)
+    model.float8_targets = True
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from masked_vit_kernels.attention.varlen import (
     varlen_attention_qkvpacked,
 )
 from masked_vit_kernels.cpu_linear import linear
+from masked_vit_kernels.float8 import Float8Rows, float8_linear
 from masked_vit_kernels.optimizer.adamw_ema import AdamWEMA
 from masked_vit_kernels.optimizer.ema import ema_update_
 from masked_vit_kernels.packing import (
@@ -29,6 +30,7 @@ from masked_vit_kernels.tokens.prefix import prepend_tokens, split_prefix
 
 __all__ = [
     "AdamWEMA",
+    "Float8Rows",
     "Packing",
     "PredictorPacking",
     "PrefixPacking",
@@ -36,6 +38,7 @@ __all__ = [
     "choose_capacity",
     "ema_update_",
     "embed_visible_patches",
+    "float8_linear",
     "gather_tokens",
     "latent_prediction_loss",
     "linear",

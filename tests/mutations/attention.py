@@ -44,8 +44,8 @@ MUTATIONS = [
     Mutation(
         "no mask over absent keys",
         FORWARD,
-        'tl.where(valid[None, :], scores * scale_log2, -float("inf"))',
-        "scores * scale_log2",
+        'scores = tl.where(valid[None, :], scores, -float("inf"))',
+        "scores += 0.0",
         short,
     ),
     Mutation(

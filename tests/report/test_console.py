@@ -23,7 +23,7 @@ def _elsewhere(tmp_path_factory, tmp_path, monkeypatch):
 def ijepa(*arguments, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ijepa.cli", *arguments]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run(command, timeout=120, **options)
+    return subprocess.run(command, timeout=300, **options)
 
 
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path):

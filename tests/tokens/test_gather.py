@@ -101,7 +101,7 @@ def check_scatter(layout, fill_ndim, dtype, device, width=40):
         assert_accurate(f"gradient of {name}", *values)
 
 
-def check_fill_shapes(device: str) -> None:
+def check_fill_shapes(device):
     """Fills as other code has them: MAE's mask token (1, 1, D), positions (1, N, D), a number."""
     ids = torch.stack([torch.randperm(NUM_TOKENS)[:5] for _ in range(4)])
     x = torch.randn(4, 5, 40)

@@ -16,7 +16,7 @@ from op_checks import (
 )
 
 
-def check_prefix(lengths, count, dtype, device, *, padding=3, width=40, shape="shared") -> None:
+def check_prefix(lengths, count, dtype, device, *, padding=3, width=40, shape="shared"):
     """Both ops and their gradients; padding of every input and gradient holds NaN."""
     packed = pack_lengths(lengths, capacity=sum(lengths) + padding)
     extended = pack_prefix(packed, count)

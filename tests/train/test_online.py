@@ -7,7 +7,7 @@ import torch
 from small_runs import photographs, small_recipe
 
 import ijepa
-from ijepa.evaluate.collapse import Panel
+from ijepa.evaluate.learning import Learning
 from ijepa.evaluate.online import OnlineScores, online_line, online_scores
 from ijepa.report.metrics import read_metrics
 from ijepa.train import online
@@ -110,15 +110,10 @@ def test_a_resumed_run_knows_its_best(tmp_path, monkeypatch):
 
 
 def test_without_labels_a_figure_of_the_panel_chooses(tmp_path, monkeypatch):
-    ranks = iter([9.0, 2.0, 3.0, 2.5])
+    shares = iter([0.9, 0.2, 0.3, 0.25])
     monkeypatch.setattr(
-        "ijepa.train.panel.collapse_panel",
-        lambda features, labels: Panel(
-            effective_rank=(value := next(ranks)),
-            feature_std=value,
-            lowest_std=value,
-            cosine=-value,
-        ),
+        "ijepa.train.panel.measure_learning",
+        lambda *_: Learning(next(shares), 0.5, 0.2, 0.3, 1.0),
     )
     settings = photographs(tmp_path / "photos", 12, classes=1)
     pretrain(small_recipe(tmp_path / "run", train__steps=6, monitor__every=2, **settings))

@@ -29,7 +29,7 @@ def test_no_room_for_a_batch_ends_the_run_in_words(little_shared_memory, tmp_pat
     done = subprocess.run(
         [*little_shared_memory, sys.executable, "-m", "ijepa.cli", "pretrain",
          *small_arguments(tmp_path / "run", **settings)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1",
                           "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     )  # fmt: skip

@@ -264,3 +264,84 @@ def test_settings_a_trainer_cannot_run_are_refused():
             Trainer(IJEPA(CONFIG), OptimConfig(), config)
     with pytest.raises(ValueError, match="precision must be"):
         Trainer(IJEPA(CONFIG), OptimConfig(), SCHEDULE, precision="fp16")
+
+
+FLOAT8_CONFIG = replace(CONFIG, width=32, heads=2, depth=2)
+
+
+def make_float8_trainer(precision="bf16-params", **settings):
+    torch.manual_seed(0)
+    return Trainer(
+        IJEPA(FLOAT8_CONFIG), OptimConfig(), SCHEDULE, precision=precision, **settings
+    )
+
+
+def take_steps(trainer, first, last):
+    for seed in range(first, last):
+        loss = trainer.step(make_images(seed), make_masks()).loss
+    return loss
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-params"])
+@pytest.mark.parametrize("compile", [False, "blocks"])
+def test_targets_in_float8(precision, compile):
+    """Near the same step without, not equal to it; the encoder called by itself stays exact."""
+    plain = make_float8_trainer(precision)
+    rounded = make_float8_trainer(precision, target_precision="fp8", compile=compile)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        exact, _ = plain.model.targets(make_images(0), make_masks())
+        found, _ = rounded.model.targets(make_images(0), make_masks())
+        alone = rounded.model.target_encoder(make_images(0))
+        assert torch.equal(alone, plain.model.target_encoder(make_images(0)))
+    distance = (found.double() - exact.double()).norm() / exact.double().norm()
+    assert 1e-3 < distance < 0.1
+    losses = [take_steps(trainer, 0, 6).item() for trainer in (plain, rounded)]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_copies_follow_the_targets_and_are_not_in_the_checkpoint():
+    trainer = make_float8_trainer(target_precision="fp8")
+    before = trainer.model.targets(make_images(9), make_masks())[0]
+    take_steps(trainer, 0, 3)
+    qkv = trainer.model.target_encoder.blocks[0].attn.qkv
+    distance = (qkv.float8.dequantized() - qkv.weight.float()).abs().max()
+    assert distance <= qkv.weight.float().abs().max() / 16
+    assert not torch.equal(before, trainer.model.targets(make_images(9), make_masks())[0])
+    plain = make_float8_trainer()
+    assert list(trainer.weights()) == list(plain.weights())
+    assert_equal_keys(trainer.state_dict(), plain.state_dict())
+
+
+def assert_equal_keys(a, b):
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal_keys(a[key], b[key])
+
+
+@pytest.mark.parametrize("at", ["fp8", "same"])
+def test_a_float8_run_resumes_exactly_and_from_one_without(at):
+    whole = make_float8_trainer(target_precision="fp8")
+    first = make_float8_trainer(target_precision=at)
+    take_steps(first, 0, 3)
+    weights, state = copy.deepcopy((first.weights(), first.state_dict()))
+    resumed = make_float8_trainer(target_precision="fp8")
+    resumed.model.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    loss = take_steps(resumed, 3, 6)
+    if at == "fp8":
+        take_steps(whole, 0, 3)
+        assert torch.equal(loss, take_steps(whole, 3, 6))
+        assert_equal(resumed.weights(), whole.weights())
+    assert loss.isfinite()
+
+
+def test_float8_settings_are_checked():
+    with pytest.raises(ValueError, match="goes with precision"):
+        make_float8_trainer("fp32", target_precision="fp8")
+    with pytest.raises(ValueError, match="'same' or 'fp8', got 'int8'"):
+        make_float8_trainer(target_precision="int8")
+    with pytest.raises(ValueError, match=r"multiples of 16, got \(24, 8\)"):
+        torch.manual_seed(0)
+        small = IJEPA(replace(CONFIG, width=8, heads=1))
+        Trainer(small, OptimConfig(), SCHEDULE, precision="bf16", target_precision="fp8")

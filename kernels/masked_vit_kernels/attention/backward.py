@@ -48,11 +48,10 @@ from masked_vit_kernels.packing import TILE, WIDE_TILE
 
 @triton.jit
 def _load_log2_lse(lse_ptr, first_query, num_queries, BLOCK_Q: tl.constexpr):
-    """[BLOCK_Q] lse in base 2; 0 on rows without keys, whose weights are masked anyway."""
+    """[BLOCK_Q] lse in base 2, 0 past the last query; -inf without keys, which have no weights."""
     rows = tl.arange(0, BLOCK_Q)
     mask = rows < num_queries - first_query
-    lse = tl.load(lse_ptr + first_query + rows, mask=mask, other=0.0)
-    return tl.where(lse == -float("inf"), 0.0, lse * 1.4426950408889634)
+    return tl.load(lse_ptr + first_query + rows, mask=mask, other=0.0) * 1.4426950408889634
 
 
 @triton.jit
@@ -97,9 +96,10 @@ def _query_tile_gradient(
             v_rest = load_tile(v_ptr, first_key, num_keys, stride_vt, BLOCK_K, MAIN, REST, HEAD_DIM)
             s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
             dp = tl.dot(dout_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
-        valid = tl.arange(0, BLOCK_K) < num_keys - first_key
+        if first_key + BLOCK_K > num_keys:
+            valid = tl.arange(0, BLOCK_K) < num_keys - first_key
+            s = tl.where(valid[None, :], s, -float("inf"))
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse[:, None])
-        p = tl.where(valid[None, :], p, 0.0)
         ds = (p * (dp - delta[:, None])).to(k_main.dtype)
         # [BLOCK_Q, BLOCK_K] @ [BLOCK_K, MAIN] -> [BLOCK_Q, MAIN]
         dq_main = tl.dot(ds, k_main, dq_main, input_precision=PRECISION)
@@ -160,7 +160,9 @@ def _key_tile_gradients(
             s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
         lse = _load_log2_lse(lse_ptr, first_query, num_queries, BLOCK_Q)
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse[None, :])
-        p = tl.where(valid[:, None], p, 0.0)
+        # Keys past the last: zero in sums over keys; the rest of what comes of them is not stored.
+        if ALL_KEYS:
+            p = tl.where(valid[:, None], p, 0.0)
         # dv before dp: the tiles s and dp never live together, which is what keeps D=88 on chip.
         weights = p.to(q_main.dtype)
         # [BLOCK_K, BLOCK_Q] @ [BLOCK_Q, MAIN] -> [BLOCK_K, MAIN]

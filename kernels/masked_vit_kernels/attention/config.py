@@ -68,18 +68,33 @@ def forward_config(
         # Four programs a multiprocessor; left alone, ptxas takes registers for three.
         registers = 128 if capability == 80 and 64 < head_dim <= 80 else None
         return AttentionConfig(TILE, 64, 4, 1, registers)
+    if capability == 90 and head_dim <= WIDEST_TUNED:
+        return _hopper_forward(head_dim, max_seqlen_k)
     if max_seqlen_k <= 128:
         # 64 x 128 scores beside 80 output columns spill where mma.sync holds both operands.
         if capability == 80 and head_dim > 64:
             return AttentionConfig(WIDE_TILE, 64, 8, 2)
         return AttentionConfig(TILE, 128, 4, 1)
-    if head_dim == 64 and capability == 90:
-        # 131 against 160 us for the wide tile below: 128 sequences of 256 on an H200
-        return AttentionConfig(TILE, 64, 4, 3, 128)
     if head_dim <= 32 or max_seqlen_q <= 128:
         return AttentionConfig(TILE, 64, 4, 2)
     # Wide tiles read each key tile half as often from L2, which is what these lengths wait for.
     return AttentionConfig(WIDE_TILE, 64, 8, 2, 128 if capability == 90 else None)
+
+
+def _hopper_forward(head_dim: int, max_seqlen_k: int) -> AttentionConfig:
+    """Over 64 keys on sm_90, by the model of bench/ops/machine_time.py: no GPU has timed these.
+
+    Programs wait for each other's latencies, so what counts is how many share a multiprocessor:
+    caps on registers, short tiles of keys (which also fit the last keys better), three stages.
+    """
+    if head_dim <= 32:
+        return AttentionConfig(TILE, 64, 4, 3, 80)
+    if head_dim > 80:
+        return AttentionConfig(TILE, 32, 4, 3, 128)
+    if max_seqlen_k <= 224:
+        return AttentionConfig(TILE, 32, 4, 3, 96)
+    # Wide tiles read each key tile half as often from L2, which is what these lengths wait for.
+    return AttentionConfig(WIDE_TILE, 64, 8, 3, 128)
 
 
 def backward_plan(
@@ -101,35 +116,43 @@ def backward_plan(
         narrow = capability == 100 or (capability == 80 and head_dim > WIDEST_TUNED)
         rows = 32 if narrow else 64
         return (BackwardStep("two_phase", AttentionConfig(rows, rows, 4, 1)),)
+    if max_seqlen_k <= 64 and max_seqlen_q <= 64:
+        return (BackwardStep("resident", _one_tile(head_dim, capability)),)
+    if capability == 90 and head_dim <= WIDEST_TUNED:
+        return _hopper_backward(head_dim)
     # No Ampere program holds a whole sequence of D=88: two launches of 64-row tiles do not spill.
     if max_seqlen_k > 256 or (max_seqlen_k > 64 and capability == 80 and head_dim > 80):
         if head_dim > WIDEST_TUNED:
             return _flash(AttentionConfig(64, 64, 8, 1), AttentionConfig(32, 64, 8, 1))
         if capability == 80:
             queries = AttentionConfig(64, 64, 4 if head_dim <= 80 else 8, 2)
-            return _flash(queries, AttentionConfig(64, 64, 4, 2))
+            return _flash(queries, AttentionConfig(64 if head_dim <= 80 else 32, 64, 4, 2))
         return _flash(AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 128, 8, 2))
-    if max_seqlen_k <= 64 and max_seqlen_q <= 64:
-        return (BackwardStep("resident", _one_tile(head_dim, capability)),)
     short, long = _up_to_128_keys(head_dim, capability), _up_to_256_keys(head_dim, capability)
     if max_seqlen_k <= 128:
         return (short,)
-    if capability == 90 and head_dim > 64:
-        # Triton 3.6 miscompiles dq of the unpipelined two-phase program there (D=80 and 88 wrong on
-        # an H200, or an illegal address); the pipelined launches are right.
-        # The tiles of D=80 spill at D=88.
-        keys = AttentionConfig(64, 64, 4, 2) if head_dim <= 80 else AttentionConfig(64, 128, 8, 2)
-        over = _flash(AttentionConfig(64, 64, 4, 2), keys)
-        return (
-            *(dataclasses.replace(step, keys_over=128) for step in over),
-            dataclasses.replace(short, keys_up_to=128),
-        )
     if short == long or head_dim <= 32:  # one launch: by the estimate two phases suit the short too
         return (long,)
     return (
         dataclasses.replace(long, keys_over=128),
         dataclasses.replace(short, keys_up_to=128),
     )
+
+
+def _hopper_backward(head_dim: int) -> tuple[BackwardStep, ...]:
+    """Over 64 keys on sm_90, by the model of bench/ops/machine_time.py: no GPU has timed these.
+
+    One program a tile and seven products, whatever the length: five products and one program a
+    sequence leave one or two programs on a multiprocessor, and those wait.
+    """
+    if head_dim <= 32:
+        stages = 3 if head_dim <= 24 else 2
+        return _flash(AttentionConfig(64, 32, 4, 3, 80), AttentionConfig(32, 64, 4, stages, 80))
+    if head_dim <= 64:
+        return _flash(AttentionConfig(64, 32, 4, 3, 96), AttentionConfig(32, 64, 4, 2, 128))
+    if head_dim <= 80:
+        return _flash(AttentionConfig(64, 32, 4, 3, 128), AttentionConfig(32, 64, 4, 2, 168))
+    return _flash(AttentionConfig(64, 32, 4, 3, 168), AttentionConfig(32, 64, 4, 3))
 
 
 def _one_tile(head_dim: int, capability: int) -> AttentionConfig:
@@ -153,9 +176,8 @@ def _up_to_256_keys(head_dim: int, capability: int) -> BackwardStep:
         return BackwardStep("two_phase", AttentionConfig(64, 64, 4, 1, 168))
     if capability == 80 or head_dim > WIDEST_TUNED:
         return BackwardStep("two_phase", AttentionConfig(32, 64, 8, 1))
-    # 4 warps share a 64-row product without repeating work; D=88 spills with them on Hopper.
-    warps = 8 if capability == 90 and head_dim > 80 else 4
-    return BackwardStep("two_phase", AttentionConfig(64, 64, warps, 1))
+    # 4 warps share a 64-row product without repeating work.
+    return BackwardStep("two_phase", AttentionConfig(64, 64, 4, 1))
 
 
 def _flash(queries: AttentionConfig, keys: AttentionConfig) -> tuple[BackwardStep, ...]:

@@ -60,17 +60,18 @@ def _attend_to_keys(
         k_rest = load_tile(k_ptr, first_key, num_keys, stride_kt, BLOCK_K, MAIN, REST, HEAD_DIM)
         v_rest = load_tile(v_ptr, first_key, num_keys, stride_vt, BLOCK_K, MAIN, REST, HEAD_DIM)
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-    valid = tl.arange(0, BLOCK_K) < num_keys - first_key
-    scores = tl.where(valid[None, :], scores * scale_log2, -float("inf"))
+    if first_key + BLOCK_K > num_keys:
+        valid = tl.arange(0, BLOCK_K) < num_keys - first_key
+        scores = tl.where(valid[None, :], scores, -float("inf"))
     if FIRST:
         new_max = tl.max(scores, 1)
     else:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
+    weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
     if FIRST:
         row_sum = tl.sum(weights, 1)
     else:
-        shrink = tl.exp2(row_max - new_max)
+        shrink = tl.exp2((row_max - new_max) * scale_log2)
         row_sum = row_sum * shrink + tl.sum(weights, 1)
         out_main = out_main * shrink[:, None]
         if REST > 0:
@@ -180,7 +181,7 @@ def _varlen_attention_forward_kernel(
             BLOCK_Q, MAIN, REST, HEAD_DIM,
         )  # fmt: skip
     rows = tl.arange(0, BLOCK_Q)
-    lse = (row_max + tl.log2(total)) * LN_2
+    lse = (row_max * scale_log2 + tl.log2(total)) * LN_2
     tl.store(lse_ptr + start_q + first_query + rows, lse, mask=rows < num_queries - first_query)
 
 

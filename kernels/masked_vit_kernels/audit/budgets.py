@@ -66,6 +66,9 @@ def violations(name: str, found: Measurement, capability: int) -> list[str]:
         "shared_bytes": SHARED_MEMORY_LIMIT[capability],
         "tensor_memory_columns": 512,
     }
+    if found.foreign_descriptors:
+        wrong = f"{found.foreign_descriptors} products whose descriptors are no constants"
+        return [f"miscompiled: {wrong} (see audit/descriptors.py): take other tiles"]
     broken = [
         f"{name} {getattr(found, name)} > {limit}"
         for name, limit in limits.items()

@@ -12,6 +12,9 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
+from masked_vit_kernels.audit.descriptors import foreign_descriptors
+from masked_vit_kernels.audit.instructions import innermost_loops, parse_instructions
+
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # The matrix instruction each architecture should use, as nvdisasm spells it.
@@ -20,7 +23,10 @@ MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one compiled kernel costs, read off its machine code."""
+    """What one compiled kernel costs, read off its machine code.
+
+    `foreign_descriptors` counts products that read the wrong shared memory, see `descriptors.py`.
+    """
 
     registers: int
     stack_bytes: int
@@ -32,13 +38,14 @@ class Measurement:
     wide_loads: int
     matrix_instructions: int
     other_matrix_instructions: int
+    foreign_descriptors: int
     exponentials: int
     instructions: int
 
 
-def disassemble(cubin: bytes) -> str:
-    """The machine code of a cubin as nvdisasm prints it."""
-    return _run_tool("nvdisasm", "-c", cubin=cubin)
+def disassemble(cubin: bytes, *flags: str) -> str:
+    """The machine code of a cubin as nvdisasm prints it; flags: "-hex" adds the encodings."""
+    return _run_tool("nvdisasm", "-c", *flags, cubin=cubin)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -59,7 +66,8 @@ def measure(compiled: CompiledKernel, capability: int) -> Measurement:
 @functools.cache
 def _measure(cubin: bytes, shared: int, tensor_memory: int, capability: int) -> Measurement:
     registers, stack_bytes = resource_usage(cubin)
-    code = parse_instructions(disassemble(cubin))
+    sass = disassemble(cubin)
+    code = parse_instructions(sass)
     opcodes = [opcode for _, opcode, _ in code]
     loops = innermost_loops(code)
     local = [address for address, opcode, _ in code if opcode.startswith(("LDL", "STL"))]
@@ -75,49 +83,10 @@ def _measure(cubin: bytes, shared: int, tensor_memory: int, capability: int) -> 
         matrix_instructions=_count(opcodes, MATRIX_INSTRUCTION[capability]),
         other_matrix_instructions=_count(opcodes, r"HMMA|HGMMA|UTC\w*MMA")
         - _count(opcodes, MATRIX_INSTRUCTION[capability]),
+        foreign_descriptors=len(foreign_descriptors(sass)),
         exponentials=_count(opcodes, r"MUFU\.EX2"),
         instructions=len(code),
     )
-
-
-Instruction = tuple[int, str, str]  # address, opcode with modifiers, operands
-
-
-def parse_instructions(sass: str) -> list[Instruction]:
-    """nvdisasm's text -> [(address, opcode, operands)], labels resolved in branch operands."""
-    labels: dict[str, int] = {}
-    pending: list[str] = []
-    code: list[Instruction] = []
-    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            pending.append(label.group(1))
-        elif found := pattern.search(line):
-            address = int(found.group(1), 16)
-            labels.update(dict.fromkeys(pending, address))
-            pending.clear()
-            code.append((address, found.group(2), found.group(3)))
-    return [
-        (a, op, re.sub(r"`\((\.L_\w+)\)", lambda m: hex(labels.get(m.group(1), -1)), operands))
-        for a, op, operands in code
-    ]
-
-
-def innermost_loops(code: list[Instruction]) -> list[tuple[int, int]]:
-    """Address ranges of loops (backward branches) that contain no other loop.
-
-    The endless branch to itself that ends every kernel is no loop.
-    """
-    loops = []
-    for address, opcode, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-        if opcode.startswith("BRA") and target and int(target.group(1), 16) < address:
-            loops.append((int(target.group(1), 16), address))
-    return [
-        (a, b)
-        for a, b in loops
-        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
-    ]
 
 
 def _count(opcodes: list[str], pattern: str) -> int:

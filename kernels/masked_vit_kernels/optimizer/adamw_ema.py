@@ -15,7 +15,8 @@ carry the values and the weights are their rounded copies.
 Bytes a parameter, float32 masters, bfloat16 weights and gradients: 38 for the update (p, m, v and
 t read and written, g read, two weights written) and 2 for the gradient norm.
 
-CUDA tensors take three Triton launches (`kernels.py`), CPU tensors `cpu.py`.
+CUDA tensors take three Triton launches (`kernels.py`), CPU tensors `cpu.py`. Float8 copies of
+weights, where there are any, are rounded anew right after (`float8_copies.py`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from masked_vit_kernels.float8 import Float8Rows
 from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
 from masked_vit_kernels.optimizer.ema_arguments import check_momentum, pair_list
+from masked_vit_kernels.optimizer.float8_copies import Float8Copies
 from masked_vit_kernels.optimizer.launches import DeviceTables
 from masked_vit_kernels.optimizer.multi_tensor import local
 from masked_vit_kernels.optimizer.ranks import agree, shard_groups
@@ -112,6 +115,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._tables: DeviceTables | None = None
         self._captured: list[tuple[Plan, DeviceTables]] = []
+        self._float8 = Float8Copies()
         self.momentum = momentum
         self.max_grad_norm = max_grad_norm
         self.process_group = process_group
@@ -160,11 +164,28 @@ class AdamWEMA(torch.optim.Optimizer):
         self._pairs += pairs
         self._plan = None
 
+    def add_float8_copies(self, pairs: Sequence[tuple[Tensor, Float8Rows]]) -> None:
+        """Keep a float8 copy of weights (parameters or EMA targets): rounded now and at each step.
+
+        Copies are no part of the optimiser's state: they follow from the weights alone. Whoever
+        writes weights from outside, from a checkpoint for instance, calls `refresh_float8_copies`.
+
+        Raises:
+            ValueError: a copy of another shape or device, a weight that is sharded or has gaps.
+        """
+        for weight, copy in pairs:
+            self._float8.add(weight, copy)
+        self._float8.refresh()
+
+    def refresh_float8_copies(self) -> None:
+        """Round every float8 copy anew."""
+        self._float8.refresh()
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None, *, loss: Tensor | None = None):
         """Apply the gradients and move the averages, or nothing where something is not finite.
 
-        Never waits for the device. In a CUDA graph capture it records three launches; before each
+        Never waits for the device. In a CUDA graph capture it records its launches; before each
         replay call `upload_hyper_parameters`.
 
         Args:
@@ -195,6 +216,7 @@ class AdamWEMA(torch.optim.Optimizer):
         for view in plan.staged:
             view.store()
         increment_version(plan.written)
+        self._float8.refresh()
         return result
 
     def master(self, tensor: Tensor) -> Tensor:
@@ -261,6 +283,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("_captured", [])
+        self.__dict__.setdefault("_float8", Float8Copies())
         self._plan = None
 
     def _parameters(self) -> list[Tensor]:
