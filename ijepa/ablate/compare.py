@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ijepa.ablate.options import ManyRuns
 from ijepa.ablate.results import carries_over, cells, gather, write_results
-from ijepa.ablate.runs import PlannedRun, do_runs, plan_runs
+from ijepa.ablate.runs import PlannedRun, check_same, do_runs, plan_runs
 from ijepa.ablate.tables import Comparison
 from ijepa.config import Recipe
 from ijepa.report.console import RunConsole
@@ -23,7 +23,7 @@ def compare(
         The exit status: 1 where a run failed; the table is of the others.
 
     Raises:
-        ValueError: settings that no run could have.
+        ValueError: settings that no run could have, or a folder holds a run of other ones.
     """
     console = RunConsole()
     planned = plan_runs(comparison, base, options.out, range(options.seeds), changes)
@@ -32,6 +32,8 @@ def compare(
             state = "over" if run.over else "to do"
             console.print(f"{state}: {run.name}: {run.folder}", highlight=False, markup=False)
         return 0
+    for run in planned:
+        check_same(run)
     failed: list[str] = []
     try:
         failed = do_runs(planned, options.processes, console, options.limit)

@@ -105,11 +105,8 @@ def do_runs(
         What failed, as "name: reason"; the others are done all the same.
 
     Raises:
-        ValueError: a folder holds a run of other settings.
         KeyboardInterrupt: a signal stopped a run, which has saved.
     """
-    for run in planned:
-        _check_same(run)
     left = [run for run in planned if not run.over]
     if len(left) < len(planned):
         console.print(f"{len(planned) - len(left)} of {len(planned)} runs are over already")
@@ -127,13 +124,15 @@ def do_runs(
     return failed
 
 
-def _check_same(run: PlannedRun) -> None:
+def check_same(run: PlannedRun) -> None:
     """Raise ValueError where the folder holds a run of other settings."""
     if not holds_checkpoint(run.folder):
         return
     metadata = read_metadata(find_checkpoint(run.folder))
     saved = by_name(recipe_from_dict(metadata["config"], str(run.folder)))
-    for key, value in by_name(run.recipe.in_steps(metadata["data"]["images"])).items():
+    wanted = by_name(run.recipe.in_steps(metadata["data"]["images"]))
+    for key in sorted(wanted, key=lambda key: key != "train.steps"):  # others follow from it
+        value = wanted[key]
         if value != saved[key] and (key not in RESUMABLE or key == "train.steps"):
             raise ValueError(
                 f"{run.folder} holds a run with {key} {saved[key]}, not {value}: choose another "

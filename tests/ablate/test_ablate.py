@@ -67,6 +67,7 @@ def test_the_runs_go_on_where_they_were(tiny, tmp_path, capsys):
     assert len(json.loads((folder / "results.json").read_text())) == 2
     assert cli.main([*command, "2", "--set", "train.steps=4"]) == 1
     assert "holds a run with train.steps 3, not 4" in capsys.readouterr().err
+    assert (folder / "table.md").read_text() == table
 
 
 def test_a_run_that_fails_does_not_end_the_others(tiny, tmp_path, capsys):
