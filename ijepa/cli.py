@@ -1,9 +1,10 @@
 """The command line: `ijepa pretrain | embed | neighbours | eval | convert | report | visualize |
-ablate | sweep | plan | doctor`."""
+ablate | sweep | data | plan | doctor`."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ ijepa: self-supervised pretraining of vision transformers by predicting in laten
                                                     rcdm: pictures as PNG files
   ijepa ablate TABLE                                the paper's Tables 6 to 14 on small runs
   ijepa sweep RECIPE --vary table.key=value,value   a grid of your own
-  ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s and days it will take there
+  ijepa data shard FOLDER OUT                       images as tar files
+  ijepa data check PATH                             counts, sizes, unreadable images, colours
+  ijepa plan RECIPE --gpus 8 --gpu h200             memory, images/s, days; what sending costs
   ijepa doctor                                      this machine, versions, which op runs where
   ijepa --version
 
@@ -63,11 +66,14 @@ ijepa plan RECIPE [options] [--table.key VALUE ...]: what a recipe takes before 
   --gpu NAME        {gpus}; default h200
   --mfu SHARE       of the GPU's matmul rate that is reached, 0 to 1, default 0.5
   --num-images N    of the training set, default ImageNet-1k's for a recipe of a folder
+  --plot FILE       draw images/s over GPUs
 
 settings: ijepa pretrain RECIPE --help
 recipes: {recipes}
 """
 DOCTOR_USAGE = "ijepa doctor: this machine, versions, which op runs where; takes no arguments"
+# how often a launcher has started this command again
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 DEFAULT_RECIPE = "shapes-tiny"
 
 
@@ -113,6 +119,8 @@ def pretrain_command(arguments: list[str]) -> int:
     hours, arguments = _take_option(arguments, "--hours", "a number of hours")
     dry_run = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
+    if resume is None:
+        resume = _begun_before_a_restart(arguments)
     name = None
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
@@ -148,7 +156,7 @@ def pretrain_command(arguments: list[str]) -> int:
 
 
 def plan_command(arguments: list[str]) -> int:
-    """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [settings]`."""
+    """`ijepa plan RECIPE [--gpus N] [--gpu NAME] [--mfu SHARE] [--num-images N] [--plot FILE]`."""
     if _asks_for_help(arguments):
         from ijepa.cost.gpus import GPUS
 
@@ -158,6 +166,7 @@ def plan_command(arguments: list[str]) -> int:
     gpu, arguments = _take_option(arguments, "--gpu")
     mfu, arguments = _take_option(arguments, "--mfu")
     num_images, arguments = _take_option(arguments, "--num-images")
+    plot, arguments = _take_option(arguments, "--plot", "a file")
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
             "ijepa plan needs a recipe: ijepa plan RECIPE [--gpus 8] [--gpu h200] [--mfu 0.5] "
@@ -168,6 +177,7 @@ def plan_command(arguments: list[str]) -> int:
     recipe = _override(load_recipe(name, implied_settings(given)), arguments, name)
 
     from ijepa.cost.plan import plan_recipe, render_plan
+    from ijepa.cost.scaling import advice, draw_scaling, render_scaling
 
     plan = plan_recipe(
         recipe,
@@ -176,8 +186,21 @@ def plan_command(arguments: list[str]) -> int:
         mfu=_number("--mfu", mfu, float),
         num_images=_number("--num-images", num_images, int),
     )
-    Console().print(render_plan(plan))
+    console = Console()
+    console.print(render_plan(plan))
+    if plan.gpus > 1:
+        console.print(render_scaling(recipe, plan.gpu, plan.points))
+        console.print(advice(plan.points, plan.room), highlight=False, soft_wrap=True)
+    if plot is not None:
+        draw_scaling(recipe, plan.points, Path(plot))
     return 0
+
+
+def data_command(arguments: list[str]) -> int:
+    """`ijepa data shard FOLDER OUT | check PATH`."""
+    from ijepa.data.commands import data_command as run
+
+    return run(arguments)
 
 
 def doctor_command(arguments: list[str]) -> int:
@@ -203,9 +226,22 @@ COMMANDS = {
     "visualize": visualize_command,
     "ablate": ablate_command,
     "sweep": sweep_command,
+    "data": data_command,
     "plan": plan_command,
     "doctor": doctor_command,
 }
+
+
+def _begun_before_a_restart(arguments: list[str]) -> str | None:
+    """The folder of the run that this command began, where torchrun or SLURM has started it again
+    after a failure; its train.output has to be given, for other folders have a new number each."""
+    restarts = [os.environ.get(name, "0") for name in _RESTARTS]
+    output, _ = _take_option(arguments, "--train.output", "a folder")
+    if output is None or not any(count.isdigit() and int(count) for count in restarts):
+        return None
+    from ijepa.train.checkpoint import holds_checkpoint
+
+    return output if holds_checkpoint(Path(output)) else None
 
 
 def _resumed(folder: str, name: str | None, arguments: list[str], given: list[str]):

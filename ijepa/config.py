@@ -394,6 +394,10 @@ class TrainConfig:
             GPU. The first step of each capacity then takes a minute or so. "blocks" traces one
             transformer block for all of a network, which takes seconds.
         cuda_graph: replay a step as one CUDA graph; a single GPU without accumulation only.
+        parallel: what several ranks do (torchrun), nothing in a single process: "ddp" holds
+            everything on each and sums gradients while the backward pass runs; "fsdp" holds shards
+            of weights, gradients and optimiser; "hsdp" shards within a machine and replicates over
+            machines. "auto" is ddp where its state leaves half of a GPU's memory, else shards.
         seed: of initialisation, data order, crops and masks.
         device: "auto", "cpu" or "cuda".
         output: folder of the run; None makes runs/<recipe>-<number>.
@@ -410,6 +414,7 @@ class TrainConfig:
     target_precision: Literal["same", "fp8"] = "same"
     compile: Literal["auto", "on", "blocks", "off"] = "auto"
     cuda_graph: bool = False
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str | None = None

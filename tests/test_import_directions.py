@@ -79,7 +79,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
         "visualize": {"counter_rng", "disk", "masks", "printable"},
-        "cost": {"config", "counter_rng", "masks", "recipes"},
+        "cost": {"config", "counter_rng", "disk", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
         "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
         "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
@@ -100,8 +100,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "doctor": {"machine", "versions"},
         "ablate": {"config", "recipes", "disk", "report", "train"},
         "cli": {
-            FACE, "config", "recipes", "cost", "report", "train", "propose", "downstream", "ablate",
-            "doctor",
+            FACE, "config", "recipes", "data", "cost", "report", "train", "propose", "downstream",
+            "ablate", "doctor",
         },
     },
 }  # fmt: skip

@@ -255,7 +255,8 @@ def predictions() -> list[dict]:
     overlapped time, the floor being the ideal bytes at BYTES_PER_SECOND.
     """
     print(f"{'shape':46} {'launch':13} {'progs/SM':>8} {'tensor':>6} {'exp':>6} {'issue':>6}"
-          f" {'memory':>6} {'waiting':>7} {'overlapped':>10} {'serial':>7} {'played':>7}  us")  # fmt: skip
+          f" {'memory':>6} {'waiting':>7} {'overlapped':>10} {'serial':>7}"
+          f" {'played':>7}  us")  # fmt: skip
     rows = []
     for shape, part in CASES:
         heads, lengths = HEADS[shape.name[0]], lengths_of(shape, part)

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from ijepa.data.decode import MAX_PIXELS
+from ijepa.data.extensions import EXTENSIONS
+from ijepa.data.kept_scan import KEPT_FROM, keep_scan, load_scan
 from ijepa.data.regular_files import kind_of_file
 from ijepa.data.sources import FileSource
 from ijepa.printable import printable
-
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff"),
-        *("ppm", "pgm", "pbm", "pnm", "avif", "jp2", "tga"),
-    )
-)
-
 
 _RUN_FILES = {"recipe.json", "metrics.jsonl"}
 
@@ -46,7 +40,16 @@ def folder_source(
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(_not_a_folder(root))
-    paths, others, left_out = _scan(root)
+    kept = load_scan(root)
+    if kept is not None:
+        paths, left_out = kept
+        others: Counter = Counter()
+    else:
+        began = time.time()
+        folders: list[str] = []
+        paths, others, left_out = _scan(root, folders)
+        if len(paths) >= KEPT_FROM:
+            keep_scan(root, paths, left_out, folders, began)
     if not paths:
         if left_out and not others.keys() - {"unreadable folder"}:
             raise ValueError(f"no images in {root}, and not all of it can be read: {left_out[0]}")
@@ -64,10 +67,10 @@ def folder_source(
     )
 
 
-def _scan(root: Path) -> tuple[list[str], Counter, list[str]]:
+def _scan(root: Path, looked_into: list[str]) -> tuple[list[str], Counter, list[str]]:
     """Sorted relative paths of the images, how many other files had which extension, and
     "path: what it is" of everything named like an image that is no file, and of folders that
-    cannot be looked into."""
+    cannot be looked into. `looked_into` receives all folders."""
     paths: list[str] = []
     others: Counter = Counter()
     left_out: list[str] = []
@@ -78,6 +81,7 @@ def _scan(root: Path) -> tuple[list[str], Counter, list[str]]:
         left_out.append(f"{printable(str(error.filename))}: {error.strerror}")
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=cannot_look_into):
+        looked_into.append(folder)
         real = os.path.realpath(folder)
         if real in visited:
             folders.clear()

@@ -20,7 +20,8 @@ Measure = Callable[[Recipe], Speed]
 
 TRAINING_SHARE = 0.85  # of the hours; panels, checkpoints, start and probes take the rest
 MOST_PASSES = 1000  # over the images: more of them teach little that is new
-PANELS = 12  # over a run
+PANELS = 12  # over a run, unless
+PANEL_SHARE = 0.1  # of its time would be more than these
 _MEMORY_SHARE = 0.85  # of the device's, that a step may take by the arithmetic of `ijepa plan`
 _BETTER_RATE = 8.0  # of a large network on the same cores, against a small one, at the most
 _SHORT_RUN = 20_000  # steps
@@ -109,6 +110,8 @@ def length_choices(
     warmup = max(steps // 40, 1) if narrow else max(steps // 10, 1)
     short = steps < _SHORT_RUN
     a_second = rate / batch
+    one_panel = speed.step * recipe.monitor.images  # about: forward passes and small probes
+    panels = min(max(int(PANEL_SHARE * takes / one_panel), 1), PANELS)
     return [
         Choice("train.steps", steps, why),
         Choice("train.checkpoint_every", max(min(int(600 * a_second), steps), 1),
@@ -119,7 +122,7 @@ def length_choices(
         Choice("schedule.momentum", 0.99 if short else 0.996,
                f"fewer than {_SHORT_RUN:,} steps: targets must move sooner" if short else
                "as published"),
-        Choice("monitor.every", max(steps // PANELS, 1), f"{PANELS} panels over the run"),
+        Choice("monitor.every", math.ceil(steps / panels), f"{panels} panels over the run"),
     ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ijepa.disk import not_written, require_space, sync, write_whole
+from ijepa.disk import NotWritten, not_written, require_space, sync, write_whole
 from ijepa.machine import hardware
 from ijepa.versions import versions
 
@@ -90,16 +90,26 @@ def save_checkpoint(
     """
     root = run_folder / "checkpoints"
     final = write_checkpoint(root, f"step-{step:08d}", step, weights, state, metadata)
+    make_latest(final)
+    return final
+
+
+def make_latest(checkpoint: Path) -> None:
+    """A whole checkpoint step-<step> is the run's latest now; all but the newest two go.
+
+    Raises:
+        NotWritten: no room to say so.
+    """
+    root = checkpoint.parent
     try:
-        write_whole(root / LATEST, final.name + "\n")
+        write_whole(root / LATEST, checkpoint.name + "\n")
     except OSError as error:
-        raise not_written(final.name, root, error) from None
+        raise not_written(checkpoint.name, root, error) from None
     # By when they were written: of a run that goes on from an older checkpoint, those of higher
     # steps are the older ones.
-    others = sorted((f for f in checkpoint_folders(root) if f != final), key=_written)
+    others = sorted((f for f in checkpoint_folders(root) if f != checkpoint), key=_written)
     for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
         _remove(old)
-    return final
 
 
 def write_checkpoint(
@@ -115,18 +125,58 @@ def write_checkpoint(
     Raises:
         NotWritten: what was there is as it was.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / name
-    aside = root / f".{final.name}.partial"
-    for leftover in root.glob(".*.partial"):
-        _remove(leftover)
     tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "", tensors)
-    require_space(final.name, root, _bytes_needed(weights) + _bytes_needed(tensors))
+    tree = flatten(state, "", tensors)
+    files = {WEIGHTS: _savable(weights), STATE: _savable(tensors)}
+    folder = CheckpointFolder(root / name)
+    folder.begin(bytes_needed(weights) + bytes_needed(tensors))
     try:
-        aside.mkdir()
-        save_file(_savable(weights), aside / WEIGHTS)
-        save_file(_savable(tensors), aside / STATE)
+        for file, content in files.items():
+            save_file(content, folder.aside / file)
+        folder.seal(step, metadata, tree)
+    except (OSError, SafetensorError) as error:
+        raise folder.given_up(error) from None
+    return folder.path
+
+
+class CheckpointFolder:
+    """The folder of a checkpoint that is being written.
+
+    Attributes:
+        path: where it will be.
+        aside: where it is until it is whole.
+    """
+
+    def __init__(self, path: Path):
+        self._root, self.path = path.parent, path
+        self.aside = self._root / f".{path.name}.partial"
+
+    def begin(self, needed: int) -> None:
+        """Make `aside`; what a killed process left of others goes away.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            NotWritten: no room.
+        """
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob(".*.partial"):
+                _remove(leftover)
+            require_space(self.path.name, self._root, needed)
+            self.aside.mkdir()
+        except OSError as error:
+            raise self.given_up(error) from None
+
+    def given_up(self, error: BaseException) -> NotWritten:
+        """Leave nothing that would fill the disk; the error to raise."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        return not_written(self.path.name, self._root, error)
+
+    def seal(self, step: int, metadata: dict[str, Any], tree: Any) -> None:
+        """Describe the files in `aside` and put it into its place, for what was there."""
+        root, final, aside = self._root, self.path, self.aside
         _describe(aside, step, metadata, tree)
         for name in (WEIGHTS, STATE):
             sync(aside / name)
@@ -135,12 +185,8 @@ def write_checkpoint(
             final.rename(root / f".{final.name}.replaced.partial")
         aside.rename(final)
         sync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise not_written(final.name, root, error) from None
-    for old in root.glob(f".{name}.*.partial"):
-        _remove(old)
-    return final
+        for old in root.glob(f".{final.name}.*.partial"):
+            _remove(old)
 
 
 def take_up(checkpoint: Path) -> None:
@@ -175,7 +221,7 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _bytes_needed(tensors: dict[str, Tensor]) -> int:
+def bytes_needed(tensors: dict[str, Tensor]) -> int:
     """Upper bound of what the tensors and their description take on a disk."""
     content = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return content + 1000 * len(tensors) + (1 << 16)
@@ -365,15 +411,15 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name, tensor in tensors.items()}  # fmt: skip
 
 
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A JSON description of a nested value; its tensors go into `tensors` by their path."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):  # as pairs: optimisers key their state by integers
-        return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        entries = [_flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
+        entries = [flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": entries}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
@@ -381,7 +427,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_flatten`."""
+    """The inverse of `flatten`."""
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]

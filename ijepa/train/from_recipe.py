@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ijepa.config import Recipe
+from ijepa.cost.memory import count_parameters, state_bytes
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data import build_source, load_batch
 from ijepa.data.batch import batch_labels
@@ -44,6 +45,18 @@ def compiles(recipe: Recipe, device: torch.device) -> bool | Literal["blocks"]:
     if recipe.train.compile == "auto":
         return device.type == "cuda"
     return "blocks" if recipe.train.compile == "blocks" else recipe.train.compile == "on"
+
+
+def chosen_parallel(recipe: Recipe, device: torch.device) -> Literal["ddp", "fsdp", "hsdp"]:
+    """How ranks share the model: replicas as long as they leave half of a GPU to activations."""
+    if recipe.train.parallel != "auto":
+        return recipe.train.parallel
+    if device.type != "cuda":
+        return "ddp"
+    state = state_bytes(count_parameters(recipe.model), recipe.train.precision)
+    if 2 * state <= torch.cuda.get_device_properties(device).total_memory:
+        return "ddp"
+    return "hsdp" if distributed.machines() > 1 else "fsdp"
 
 
 def build_model(recipe: Recipe) -> IJEPA:

@@ -17,7 +17,7 @@ from ijepa.evaluate.features import encoder_features
 from ijepa.evaluate.online import OnlineScores, online_line, online_scores
 from ijepa.model import IJEPA
 from ijepa.report.progress import RunProgress
-from ijepa.train import distributed, from_recipe
+from ijepa.train import from_recipe
 from ijepa.train.figures import Figures
 
 # The share of the targets' variance that is predicted, beyond what the position tells: Spearman's
@@ -44,32 +44,30 @@ class OnlineProbes:
         self,
         recipe: Recipe,
         source: ImageSource,
-        model: IJEPA,
         *,
         figures: Figures,
         progress: RunProgress,
     ):
-        self._recipe, self._source, self._model = recipe, source, model
+        self._recipe, self._source = recipe, source
         self._figures, self._progress = figures, progress
         self._images: tuple[Tensor, dict[str, Tensor]] | None = None
         enough = min(recipe.monitor.online_images, len(source)) >= 8
         self._probing = bool(source.labels) and enough
 
-    def look(self, done: int, panel: Mapping[str, Any] | None) -> Score | None:
-        """Show and write down the scores after `done` steps, on the first rank.
+    def look(self, done: int, panel: Mapping[str, Any] | None, model: IJEPA) -> Score | None:
+        """Show and write down the scores after `done` steps, by the first rank.
 
         Args:
             panel: figures of the same step.
+            model: whole, on its device.
 
         Returns:
             What the run is judged by; None where nothing is known.
         """
-        if not distributed.is_main():
-            return None
         if not self._probing:
             return _label_free(panel)
         images, labels = self._labelled()
-        scores = online_scores(encoder_features(self._model.target_encoder, images).last4, labels)
+        scores = online_scores(encoder_features(model.target_encoder, images).last4, labels)
         if not scores:
             return None
         self._progress.note(online_line(done, scores))

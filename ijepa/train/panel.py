@@ -19,7 +19,7 @@ from ijepa.masks.batch import MaskBatch
 from ijepa.masks.from_config import build_mask_sampler
 from ijepa.model import IJEPA
 from ijepa.report.progress import RunProgress, telling
-from ijepa.train import distributed, from_recipe
+from ijepa.train import from_recipe
 from ijepa.train.figures import Figures
 
 _MASKED_IMAGES = 256  # of the panel's, that are predicted too
@@ -37,33 +37,34 @@ class RunPanel:
         self,
         recipe: Recipe,
         source: ImageSource,
-        model: IJEPA,
         *,
         figures: Figures,
         progress: RunProgress,
         console: Console | None,
     ):
-        self._recipe, self._source, self._model = recipe, source, model
+        self._recipe, self._source = recipe, source
         self._figures, self._progress, self._console = figures, progress, console
         self._images: tuple[Tensor, Tensor | None] | None = None
         self._masks: list[MaskBatch] | None = None
         self._warned: set[str] = set()
 
-    def look(self, done: int) -> dict[str, Any] | None:
-        """Show and write down the panel after `done` steps, on the first rank; its figures. None
-        elsewhere, and where there is nothing to compare."""
-        if not distributed.is_main():
-            return None
-        with telling(self._console, f"Panel on {self._recipe.monitor.images:,} images"):
-            return self._look(done)
+    def look(self, done: int, model: IJEPA) -> dict[str, Any] | None:
+        """Show and write down the panel after `done` steps, by the first rank; its figures. None
+        where there is nothing to compare.
 
-    def _look(self, done: int) -> dict[str, Any] | None:
+        Args:
+            model: whole, on its device.
+        """
+        with telling(self._console, f"Panel on {self._recipe.monitor.images:,} images"):
+            return self._look(done, model)
+
+    def _look(self, done: int, model: IJEPA) -> dict[str, Any] | None:
         images, labels = self.images()
         if images.shape[0] < 2:
             return None  # said at the start
-        features = encoder_features(self._model.target_encoder, images).last
+        features = encoder_features(model.target_encoder, images).last
         panel = collapse_panel(features, labels)
-        learning = None if panel.not_finite else measure_learning(self._model, self._masked())
+        learning = None if panel.not_finite else measure_learning(model, self._masked(model))
         figures = {"step": done, **dataclasses.asdict(panel)}
         line = panel_line(done, panel)
         if learning is not None:
@@ -79,9 +80,9 @@ class RunPanel:
                 self._progress.note(f"warning: {sentence}")
         return figures
 
-    def _masked(self) -> list[tuple[Tensor, MaskBatch]]:
+    def _masked(self, model: IJEPA) -> list[tuple[Tensor, MaskBatch]]:
         """Batches of the panel's images and the masks they are always seen under."""
-        device = self._model.context_encoder.pos_embed.device
+        device = model.context_encoder.pos_embed.device
         batches = self.images()[0][:_MASKED_IMAGES].split(_MASKED_BATCH)
         if self._masks is None:
             config, cpu = self._recipe.model, torch.device("cpu")

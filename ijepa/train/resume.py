@@ -26,6 +26,7 @@ RESUMABLE = (
     "train.steps",
     "train.device",
     "train.accumulate",
+    "train.parallel",
     "train.checkpoint_every",
     "train.log_every",
     "train.tensorboard",

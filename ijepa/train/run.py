@@ -99,12 +99,12 @@ class Run:
             target_precision=recipe.train.target_precision,
             compile=compiled,
             cuda_graph=recipe.train.cuda_graph,
+            parallel=from_recipe.chosen_parallel(recipe, device),
         )
         self.first_step, self._seconds_before = 0, 0.0
         if checkpoint is not None:
             restore(
                 checkpoint,
-                self.model,
                 self.trainer,
                 data_id=data_id,
                 last_step=recipe.train.num_steps,
@@ -146,19 +146,18 @@ class Run:
                     self.folder.path, self.first_step, recipe.train.tensorboard
                 )
         except BaseException:
-            self.close()
+            self._close_folder()
             raise
         self.figures = Figures(recipe, self.trainer, self.progress, self._metrics)
         self.panel = RunPanel(
             recipe,
             source,
-            self.model,
             figures=self.figures,
             progress=self.progress,
             console=console,
         )
         self._online = OnlineProbes(
-            recipe, source, self.model, figures=self.figures, progress=self.progress
+            recipe, source, figures=self.figures, progress=self.progress
         )
         self.saving = Saving(
             recipe,
@@ -182,11 +181,19 @@ class Run:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
 
     def look(self, done: int) -> None:
-        """Panel and online probes after `done` steps; the best weights so far are kept."""
-        panel = self.panel.look(done)
-        score = self._online.look(done, panel)
+        """Panel and online probes after `done` steps; the best weights so far are kept.
+
+        By the first rank; all have to ask, for a sharded model is put together.
+        """
+        self.saving.finish()
+        model = self.trainer.whole_model(distributed.is_main())
+        if model is None or not distributed.is_main():
+            return
+        panel = self.panel.look(done, model)
+        score = self._online.look(done, panel, model)
         if score is not None and done > 0:
-            self.saving.keep_if_best(done, score)
+            weights = model.state_dict() if self.trainer.sharded else self.trainer.weights()
+            self.saving.keep_if_best(done, score, weights)
 
     def first(self, what: str, done: int) -> contextlib.AbstractContextManager[None]:
         """Around the first step of this process: says what goes on where it takes a while."""
@@ -222,7 +229,9 @@ class Run:
             return
         with contextlib.suppress(TooManySkips, WeightsNotFinite):  # the failure may be one of them
             self.figures.observe(late)
-            if not self.trainer.consecutive_skips:
+            if self.trainer.sharded:
+                self.saving.tell_unsaved(done)
+            elif not self.trainer.consecutive_skips:
                 self.saving.save(done)
 
     def check_written(self) -> None:
@@ -240,6 +249,10 @@ class Run:
 
     def close(self) -> None:
         """Close the files and let others train into the folder; without a step it goes away."""
+        self.saving.close()
         if self._metrics is not None:
             self._metrics.close()
+        self._close_folder()
+
+    def _close_folder(self) -> None:
         self.folder.close(nothing_done=self.trainer.step_index == 0)

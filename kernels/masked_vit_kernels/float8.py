@@ -5,8 +5,9 @@
     y = (x8 w8^T) * s_x s_w^T + b                           summed in float32, returned in bfloat16
 
 e4m3 reaches to 448 and keeps 3 bits behind the leading one: every entry is off by at most 2^-4 of
-itself, or by 2^-10 of its scale where it is tiny. Twice the rate of bfloat16 on Hopper, Ada and Blackwell. On a GPU the
-product is `torch._scaled_mm`; the CPU multiplies the same rounded numbers in float32.
+itself, or by 2^-10 of its scale where it is tiny. Products run at twice the rate of bfloat16 on
+Hopper, Ada and Blackwell. On a GPU the product is `torch._scaled_mm`; the CPU multiplies the
+same rounded numbers in float32.
 
 Rows of weights change at every optimiser step: `AdamWEMA.add_float8_copies` keeps them.
 Quantising activations is plain PyTorch, so that compilers fuse it into what computes them.

@@ -8,6 +8,8 @@ import torch
 from ijepa.masks.from_config import build_mask_sampler
 from ijepa.propose.choices import (
     MOST_PASSES,
+    PANEL_SHARE,
+    PANELS,
     TRAINING_SHARE,
     choose_size,
     flops_of,
@@ -114,6 +116,16 @@ def test_few_images_are_not_seen_for_ever():
     assert "1,000 passes, more teach little" in reasons["train.steps"]
     _, _, _, reasons, _ = proposed(facts(), TWO_CORES, 0.01, 3e10)
     assert "little: the demo sees 102,400 images" in reasons["train.steps"]
+
+
+@pytest.mark.parametrize(("hours", "expected"), [(0.001, 1), (0.04, 3), (2, PANELS)])
+def test_panels_leave_short_runs_their_time(hours, expected):
+    _, recipe, speed, _, _ = proposed(facts(), TWO_CORES, hours, 3e10)
+    panels = recipe.train.num_steps / recipe.monitor.every
+    assert expected - 1 < panels <= expected + 1e-9
+    if expected > 1:
+        seconds = panels * speed.step * recipe.monitor.images
+        assert seconds <= PANEL_SHARE * 3600 * hours
 
 
 @pytest.mark.parametrize("side", [1, 3, 8, 9, 20, 28, 31, 32, 33, 50, 63, 64, 97, 150, 224, 4000])

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ijepa.data.cache_folder import default_cache
 from ijepa.data.procedural import scene_layout, scenes, shapes
 from ijepa.data.sources import ArraySource, FileSource
 from ijepa.disk import NotWritten, not_written
@@ -69,13 +70,6 @@ PROCEDURES = {
         labels=scene_layout.scene_labels,
     ),
 }
-
-
-def default_cache() -> Path:
-    """$IJEPA_CACHE, else ijepa in the user's cache folder."""
-    if os.environ.get("IJEPA_CACHE"):
-        return Path(os.environ["IJEPA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ijepa"
 
 
 def procedural_source(
