@@ -5,8 +5,8 @@
 A step is loss, gradients, AdamW and where there is a teacher its moving average; ours takes
 `AdamWEMA`, stock fused AdamW and `torch._foreach_lerp_`. Both run in turns, eager, and the median
 counts: on the CPU of processor time, with one thread (OMP_NUM_THREADS=1) best. Memory is what
-autograd keeps for the backward. Lines are those that compute the loss, without blank lines, comments
-and docstrings.
+autograd keeps for the backward. Lines are those that compute the loss, without blank lines,
+comments and docstrings.
 """
 
 from __future__ import annotations
