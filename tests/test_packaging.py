@@ -110,7 +110,7 @@ def test_what_is_installed_runs_the_demo_to_its_table(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     settings = (
-        "--train.steps 3 --data.num-images 64 --data.num-held-out 40 --train.output runs/demo"
+        "--train.steps 3 --data.num-images 400 --data.num-held-out 200 --train.output runs/demo"
     )
     script = (
         f"import sys; sys.path[:] = [p for p in sys.path if p not in {['', str(ROOT)]!r}];"
