@@ -92,11 +92,18 @@ class ModelConfig:
         loss: "smooth_l1" (released code) or "l2" (paper).
         target: "representation" or "pixels" (Table 7).
         target_masking: mask the target encoder's "output" or its "input" (Table 11).
+        target_norm: what makes targets comparable: "layer", LayerNorm of each patch's features (the
+            released code); "instance", each feature of an image standardised over its patches,
+            which takes away what all of its patches share; "none".
+        init: std of the weights of blocks and predictor: "released", .02 whatever the width; or
+            "fan_in", 1 / sqrt(inputs), with which narrow networks learn as wide ones do (.02 suits
+            width 2500, and at width 96 leaves the blocks a fifth as strong).
         patch_init_std: std of the patch embedding's initial weights.
         rescale_init: divide attention and MLP output weights by sqrt(2 * layer) at initialisation.
         activation_checkpointing: recompute each block in the backward pass.
         prune_predictor: the predictor's last block computes target rows only (exact).
-        prune_target: the target encoder's last block computes target rows only (exact).
+        prune_target: the target encoder's last block computes target rows only (exact); without
+            effect where `target_norm` "instance" needs every patch.
         share_predictor: the predictor's first block computes queries, keys and values of a context
             row once for all target blocks, and of mask tokens once a position (exact; saves 0.2 to
             1 % of a step's operations for wider gathers, and was not measured to be faster).
@@ -119,6 +126,8 @@ class ModelConfig:
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     target: Literal["representation", "pixels"] = "representation"
     target_masking: Literal["output", "input"] = "output"
+    target_norm: Literal["layer", "instance", "none"] = "layer"
+    init: Literal["released", "fan_in"] = "released"
     patch_init_std: float = 0.02
     rescale_init: bool = False
     activation_checkpointing: bool = False
@@ -137,6 +146,11 @@ class ModelConfig:
         _require_within(self, 1, _LARGEST_SIZE, "predictor_width", "predictor_depth")
         _require_within(self, 1, _LARGEST_SIZE, "predictor_heads")
         _require_within(self, 0.0, 100.0, "mlp_ratio")
+        for width in (self.width, self.predictor_width):
+            _require(
+                round(width * self.mlp_ratio) >= 1,
+                f"mlp_ratio {self.mlp_ratio} of width {width} leaves a hidden layer of none",
+            )
         pixels = ", of pixels in [0, 1]"
         _require_within(self, 0.0, 1.0, "image_mean", why=pixels)
         _require_within(self, 1e-3, 1.0, "image_std", why=pixels)
@@ -160,6 +174,11 @@ class ModelConfig:
                 f"{width_name} {width} over {heads_name} {heads} must be a multiple of 8 up to "
                 f"{MAX_HEAD_DIM}, got {width // heads}",
             )
+        _require(
+            self.target_norm != "instance" or self.target_masking == "output",
+            'target_norm "instance" needs every patch of an image, which target_masking "input" '
+            'hides: choose target_norm "layer", or target_masking "output"',
+        )
         for name in ("image_mean", "image_std"):
             entries = len(getattr(self, name))
             _require(
@@ -179,6 +198,11 @@ class ModelConfig:
     def num_patches(self) -> int:
         """N."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def prunes_target(self) -> bool:
+        """Whether the target encoder's last block computes target rows only."""
+        return self.prune_target and self.target_norm != "instance"
 
     @property
     def target_width(self) -> int:
@@ -258,6 +282,7 @@ class DataConfig:
         _require_within(self, 0, 1024, "workers")
         _require_range(self, "crop_scale", 0.0, 1.0)
         _require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        _require(self.path is None or self.path.strip() != "", "path must name a folder")
         _require(
             self.path is None or self.source == "folder",
             f'path = {self.path!r} needs data.source = "folder"',
@@ -285,7 +310,7 @@ class OptimConfig:
             all(0 <= beta < 1 for beta in self.betas), f"betas must lie in [0, 1), got {self.betas}"
         )
         _require_positive(self, "eps", "max_skipped_steps")
-        _require_within(self, 0.0, 1.0, "eps")
+        _require_within(self, 1e-30, 1.0, "eps", why=", of float32 that is not rounded to 0")
         _require_within(self, 1, _LONGEST, "max_skipped_steps")
         if self.max_grad_norm is not None:
             _require_positive(self, "max_grad_norm")
@@ -369,6 +394,10 @@ class TrainConfig:
             GPU. The first step of each capacity then takes a minute or so. "blocks" traces one
             transformer block for all of a network, which takes seconds.
         cuda_graph: replay a step as one CUDA graph; a single GPU without accumulation only.
+        parallel: what several ranks do (torchrun), nothing in a single process: "ddp" holds
+            everything on each and sums gradients while the backward pass runs; "fsdp" holds shards
+            of weights, gradients and optimiser; "hsdp" shards within a machine and replicates over
+            machines. "auto" is ddp where its state leaves half of a GPU's memory, else shards.
         seed: of initialisation, data order, crops and masks.
         device: "auto", "cpu" or "cuda".
         output: folder of the run; None makes runs/<recipe>-<number>.
@@ -385,6 +414,7 @@ class TrainConfig:
     target_precision: Literal["same", "fp8"] = "same"
     compile: Literal["auto", "on", "blocks", "off"] = "auto"
     cuda_graph: bool = False
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str | None = None
@@ -430,18 +460,21 @@ class MonitorConfig:
     Attributes:
         every: steps between panels; 0 turns them off.
         images: images a panel looks at.
+        online_images: labelled training images that online probes look at beside it, three quarters
+            to fit and the rest to test; 0 turns them off. checkpoints/best is chosen by them.
         evaluate: end the run with probes beside a random network and raw pixels (needs labels).
         probe_images: training images that the probes are fitted on, at most.
     """
 
     every: int = 250
     images: int = 512
+    online_images: int = 1000
     evaluate: bool = True
     probe_images: int = 10_000
 
     def __post_init__(self):
         _require(self.every >= 0, f"every must not be negative, got {self.every}")
-        _require_within(self, 0, _LONGEST, "every", "images", "probe_images")
+        _require_within(self, 0, _LONGEST, "every", "images", "online_images", "probe_images")
         for name in ("images", "probe_images"):
             value = getattr(self, name)
             _require(value >= 2, f"{name} must be at least 2, got {value}")

@@ -70,13 +70,13 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file by `text`, in UTF-8.
+    """Replace the file by `text`, in UTF-8; bytes of file names that are not UTF-8 are escaped.
 
     Raises:
         NotWritten: the old file, if any, is as it was.
     """
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -13,6 +12,7 @@ from masked_vit_kernels.cpu_linear import ONEDNN_DTYPES
 from rich.console import Console
 from rich.table import Table
 
+from ijepa.machine import hardware
 from ijepa.versions import installed_versions
 
 _OPS = (
@@ -45,24 +45,12 @@ def run_doctor(console: Console) -> None:
 
 
 def machine() -> dict[str, str]:
-    """Facts about this machine."""
-    facts = {
-        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+    """Facts about this machine and the Python here."""
+    return {
+        **hardware(),
         "python": f"{platform.python_version()} at {sys.executable}",
-        "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
-        "memory": _memory(),
         "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:,.0f} GiB",
     }
-    if not torch.cuda.is_available():
-        reason = "torch sees no device" if torch.version.cuda else "this torch is built for the CPU"
-        return {**facts, "GPU": f"none ({reason})"}
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        facts[f"GPU {index}"] = (
-            f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:,.0f} GiB, "
-            f"{gpu.multi_processor_count} SMs"
-        )
-    return facts
 
 
 def op_table() -> list[tuple[str, str, str]]:
@@ -78,11 +66,3 @@ def _two_columns(title: str, facts: dict[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(name, value)
     return table
-
-
-def _memory() -> str:
-    try:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return "unknown"
-    return f"{pages * size / 2**30:,.0f} GiB"

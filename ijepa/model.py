@@ -50,7 +50,7 @@ class Predictor(nn.Module):
         )
         self.predictor_norm = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.predictor_proj = Linear(width, config.target_width)
-        initialize(self, self.predictor_blocks, config.rescale_init)
+        initialize(self, self.predictor_blocks, config.init, config.rescale_init)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
@@ -133,6 +133,7 @@ class IJEPA(nn.Module):
             features,
             rows,
             kind=self.config.loss,
+            target_norm=self.config.target_norm,
             denominator=denominator,
         )
 
@@ -143,23 +144,30 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:
-        """What is to be predicted, before its LayerNorm: features (B, N, D) or (R, D), rows (Tt,).
+        """What is to be predicted, not yet normalised: features (B, N, D) or (R, D), rows (Tt,).
 
         `rows` index the flattened features, one for each entry of `masks.targets`, -1 on padding.
         """
-        if self.config.target == "pixels":
-            return self._pixels(images), masks.target_rows
-        if self.config.target_masking == "input":
+        of_encoder = self.config.target == "representation"
+        if of_encoder and self.config.target_masking == "input":
             features = self.target_encoder(
                 images, masks.targets, masks.target_packing, float8=self.float8_targets
             )
             rows = torch.arange(masks.targets.shape[0], device=masks.targets.device)
             return features, rows.masked_fill(masks.targets < 0, -1)
-        if self.config.prune_target:
+        if of_encoder and self.config.prunes_target:
             union = KeptRows(masks.target_union, masks.target_union_packing)
             features = self.target_encoder(images, kept=union, float8=self.float8_targets)
             return features, masks.target_rows_in_union
-        return self.target_encoder(images, float8=self.float8_targets), masks.target_rows
+        return self.patch_targets(images), masks.target_rows
+
+    @torch.no_grad()
+    def patch_targets(self, images: Tensor) -> Tensor:
+        """What stands for every patch, not yet normalised, (B, N, target width), no patch hidden:
+        features of the target encoder, or pixels."""
+        if self.config.target == "pixels":
+            return self._pixels(images)
+        return self.target_encoder(images, float8=self.float8_targets)
 
     def prepare(self, batch_size: int) -> None:
         """Build what a forward pass would build at its first use, so that it can be traced."""

@@ -82,6 +82,8 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str = "recipe") -> Recip
         ValueError: naming `origin`, the key, and what is valid.
     """
     tables = _tables()
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{origin} must be a table, got {values!r}")
     check_known(values, ["name", "base", *tables], f"{origin}: unknown table")
     arguments: dict[str, Any] = {"name": str(values.get("name", Recipe.name))}
     for table, config in tables.items():
@@ -172,7 +174,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], str
             f"{name_or_path} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
             f"{error.start}): save it in that encoding"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{name_or_path} is not valid TOML: {error}") from None
     for table in _tables():
         if not isinstance(values.get(table, {}), dict):

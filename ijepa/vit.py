@@ -247,16 +247,20 @@ def run_blocks(
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, blocks: nn.ModuleList, rescale: bool) -> None:
-    """Truncated normal of std .02 for weights, zero biases; in place.
+def initialize(module: nn.Module, blocks: nn.ModuleList, init: str, rescale: bool) -> None:
+    """Truncated normal weights, zero biases; in place.
 
     Args:
+        init: std of linear weights, "released" (.02) or "fan_in" (1 / sqrt(inputs)).
         rescale: divide each block's two output weights by sqrt(2 * layer). The released code
             does so and then initialises once more, which undoes it.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(child.weight, std=INIT_STD)
+            std = INIT_STD
+            if init == "fan_in" and isinstance(child, nn.Linear):
+                std = 1 / math.sqrt(child.in_features)
+            nn.init.trunc_normal_(child.weight, std=std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
     if rescale:
@@ -297,7 +301,7 @@ class Encoder(nn.Module):
         self.blocks = make_blocks(config.width, config.depth, config.heads, config.mlp_ratio)
         self.norm = LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self._dense_packings: dict[tuple[int, int, torch.device], Packing] = {}
-        initialize(self, self.blocks, config.rescale_init)
+        initialize(self, self.blocks, config.init, config.rescale_init)
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=config.patch_init_std)
 
     def forward(

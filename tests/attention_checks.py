@@ -40,6 +40,7 @@ class AttentionProblem:
     dtype: torch.dtype = torch.float32
     layout: str = "separate"
     heads: int = 2
+    key_heads: int | None = None  # fewer than `heads`: each serves several of the queries'
     maps: bool = True
     padding: int = 70
     device: str = "cpu"
@@ -55,6 +56,7 @@ def problem(head_dim: int, longest: int, dtype: torch.dtype, layout: str, **othe
 def _views(case: AttentionProblem, rows_q: int, rows_k: int) -> tuple[Tensor, ...]:
     """q, k and v as views in the memory layout of the case."""
     heads, width = case.heads, case.head_dim
+    key_heads = case.key_heads or heads
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device=case.device).to(case.dtype)
@@ -62,7 +64,7 @@ def _views(case: AttentionProblem, rows_q: int, rows_k: int) -> tuple[Tensor, ..
     if case.layout == "qkv":
         return randn(rows_q, 3, heads, width).unbind(1)
     if case.layout == "kv":
-        return randn(rows_q, heads, width), *randn(rows_k, 2, heads, width).unbind(1)
+        return randn(rows_q, heads, width), *randn(rows_k, 2, key_heads, width).unbind(1)
     if case.layout == "transposed":
         return tuple(randn(heads, rows, width).transpose(0, 1) for rows in (rows_q, rows_k, rows_k))
     if case.layout == "narrowed":
@@ -70,12 +72,13 @@ def _views(case: AttentionProblem, rows_q: int, rows_k: int) -> tuple[Tensor, ..
         for tensor in wide:
             tensor[..., :8] = tensor[..., width + 8 :] = float("nan")
         return tuple(tensor[..., 8 : width + 8] for tensor in wide)
-    return randn(rows_q, heads, width), randn(rows_k, heads, width), randn(rows_k, heads, width)
+    return randn(rows_q, heads, width), *(randn(rows_k, key_heads, width) for _ in range(2))
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, bounds_q: list, bounds_k: list, scale: float) -> Tensor:
     """The same attention in the inputs' own dtype, every intermediate rounded."""
     outputs = []
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     for (a, b), (c, d) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:d]))
@@ -101,7 +104,7 @@ def check_attention(
     for tensor, total in ((q, totals[0]), (dout, totals[0]), (k, totals[1]), (v, totals[1])):
         poison_tail(tensor, total)
 
-    shape_q, shape_k = (tuple(x.shape) for x in (q, k))
+    shape_q, shape_k = tuple(q.shape), (k.shape[0], *q.shape[1:])  # a part from every query's head
     buffers = {
         name: poisoned(*shape, dtype=case.dtype, device=case.device)
         for name, shape in (("out", shape_q), ("dq", shape_q), ("dk", shape_k), ("dv", shape_k))
@@ -123,6 +126,8 @@ def check_attention(
     ):  # fmt: skip
         launch.run()
     results = {name: buffer.check() for name, buffer in buffers.items()}
+    for name in ("dk", "dv"):
+        results[name] = results[name].unflatten(1, (k.shape[1], -1)).sum(2)
     _compare(case, results, q, k, v, dout, packing_q.cu_seqlens, packing_k.cu_seqlens, scale)
     return results
 

@@ -60,20 +60,25 @@ def loss(model, images, context, targets):
     config = model.config
     total, count = 0.0, 0
     for image, context_ids, image_blocks in zip(images, context, targets, strict=True):
-        features = encode(model.context_encoder, config.heads, image, context_ids)
+        seen = encode(model.context_encoder, config.heads, image, context_ids)
         everything = torch.arange(config.num_patches)
         for ids in image_blocks:
             prediction = predict(
-                model.predictor, config.predictor_heads, features, context_ids, ids
+                model.predictor, config.predictor_heads, seen, context_ids, ids
             )
             with torch.no_grad():
-                if config.target == "pixels":
-                    wanted = patch_pixels(image, config.patch_size)[ids]
-                elif config.target_masking == "input":
+                if config.target_masking == "input":
                     wanted = encode(model.target_encoder, config.heads, image, ids)
                 else:
-                    wanted = encode(model.target_encoder, config.heads, image, everything)[ids]
-                wanted = F.layer_norm(wanted, wanted.shape[1:])
+                    if config.target == "pixels":
+                        features = patch_pixels(image, config.patch_size)
+                    else:
+                        features = encode(model.target_encoder, config.heads, image, everything)
+                    if config.target_norm == "instance":
+                        features = F.instance_norm(features.T[None])[0].T
+                    wanted = features[ids]
+                if config.target_norm == "layer":
+                    wanted = F.layer_norm(wanted, wanted.shape[1:])
             distance = F.smooth_l1_loss if config.loss == "smooth_l1" else F.mse_loss
             total = total + distance(prediction, wanted, reduction="sum")
             count += prediction.numel()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from hypothesis import strategies as st
@@ -45,9 +46,25 @@ def gradients(outputs: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> tu
     return torch.autograd.grad(outputs, inputs, upstream, materialize_grads=True)
 
 
+@overload
+def double(x: Tensor) -> Tensor: ...
+
+
+@overload
+def double(x: Tensor | None) -> Tensor | None: ...
+
+
 def double(x: Tensor | None) -> Tensor | None:
     """A float64 leaf on the CPU with the values of `x`."""
     return None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad)
+
+
+@overload
+def leaf(x: Tensor) -> Tensor: ...
+
+
+@overload
+def leaf(x: Tensor | None) -> Tensor | None: ...
 
 
 def leaf(x: Tensor | None) -> Tensor | None:

@@ -52,6 +52,10 @@ def test_a_batch_that_the_ranks_cannot_share():
         (["pretrain", "--train.batch-size", "7", "--train.accumulate", "7",
           "--masks.min-context", "60"], ["min_context"]),
         (["pretrian"], ["unknown command 'pretrian'", "did you mean 'pretrain'"]),
+        (["pretrain", ""], [" is a folder, not a recipe"]),
+        (["pretrain", "--resume", "a", "--resume=b"], ["--resume is given twice"]),
+        (["plan", "vitb16", "--gpus", "1e3"], ["--gpus must be a whole number, got '1e3'"]),
+        (["plan", "vitb16", "--num-images", "-5"], ["num_images must be at least 1, got -5"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_before_any_data_is_touched(arguments, expected, tmp_path, capsys):

@@ -115,11 +115,15 @@ def test_an_unknown_recipe_names_the_nearest_and_all():
         lambda: ModelConfig(heads=7),
         lambda: ModelConfig(image_mean=(0.5,)),
         lambda: ModelConfig(patch_init_std=0.0),
+        lambda: ModelConfig(mlp_ratio=1e-4),  # a hidden layer of none
+        lambda: ModelConfig(predictor_width=8, predictor_heads=1, mlp_ratio=0.05),
         lambda: MaskConfig(target_scale=(0.3, 0.2)),
         lambda: MaskConfig(context_scale=(0.85, 1.1)),
         lambda: MaskConfig(num_targets=0),
         lambda: MaskConfig(target_share=1.0),
         lambda: DataConfig(path="x"),
+        lambda: DataConfig(source="folder", path=" "),  # would be the current folder
+        lambda: OptimConfig(eps=1e-300),  # 0 in float32
         lambda: DataConfig(workers=-1),
         lambda: DataConfig(crop_scale=(0.0, 1.0)),
         lambda: OptimConfig(betas=(0.9, 1.0)),

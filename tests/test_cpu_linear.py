@@ -107,6 +107,13 @@ def test_float64_and_other_shapes_go_to_pytorch(onednn):
         linear(torch.randn(3, 7), weight)
 
 
+def test_a_width_of_none_is_the_bias_and_another_bias_is_refused(onednn):
+    x, bias = torch.zeros(3, 0), torch.randn(5)
+    assert torch.equal(linear(x, torch.zeros(5, 0), bias), bias.expand(3, 5))
+    with pytest.raises(RuntimeError, match=r"size of the tensor \(5\) must match"):
+        linear(torch.zeros(3, 4), torch.zeros(5, 4), bias[:2])
+
+
 def test_the_choice_is_the_processors(monkeypatch):
     choose = cpu_linear._onednn_dtypes
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)

@@ -26,7 +26,7 @@ PACKAGES = {
             "masked_vit_kernels", "torch", "triton", "numpy", "PIL", "simplejpeg", "safetensors",
             "tyro", "rich",
             # extras, each imported where it is used
-            "sklearn", "matplotlib", "tensorboard", "timm", "transformers",
+            "sklearn", "matplotlib", "tensorboard", "timm", "transformers", "diffusers",
         },
     ),
     "bench": (
@@ -49,17 +49,19 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "cpu_linear": set(),
         "float8": {"checks"},
         "bundle": set(),
-        "launch": {"bundle"},
+        "kernel_language": set(),
+        "launch": {"bundle", "kernel_language"},
         # The three kinds of ops do not know each other.
-        "attention": {"packing", "checks", "launch"},
-        "tokens": {"packing", "checks", "launch", "pixels"},
-        "optimizer": {"checks", "launch", "float8"},
+        "attention": {"packing", "checks", "launch", "kernel_language"},
+        "tokens": {"packing", "checks", "launch", "pixels", "kernel_language"},
+        "optimizer": {"checks", "launch", "kernel_language", "float8"},
         "compile": {"launch"},
         "catalogue": {"attention", "tokens", "optimizer", "packing", "launch"},
         "audit": {"catalogue", "compile", "launch"},
+        "adapters": {"attention", "tokens", "packing", "checks"},
         # The oracle: whoever judges with it imports it, and it shares no code with what it judges.
         "reference": {"packing"},
-        "selftest": {FACE, "attention", "catalogue", "reference"},
+        "selftest": {FACE, "attention", "tokens", "catalogue", "reference"},
     },
     "ijepa": {
         FACE: set(),  # its names are imported on first use
@@ -68,28 +70,39 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "counter_rng": set(),
         "positions": set(),
         "disk": set(),
+        "printable": set(),
         "versions": set(),
+        "machine": set(),
         "recipes": {"config"},
         "masks": {"config", "counter_rng"},
-        "data": {"counter_rng", "disk"},
+        "data": {"counter_rng", "disk", "printable"},
         "vit": {"config", "positions"},
         "model": {"config", "masks", "positions", "vit"},
-        "visualize": {"masks"},
-        "cost": {"config", "counter_rng", "masks", "recipes"},
+        "visualize": {"counter_rng", "disk", "masks", "printable"},
+        "cost": {"config", "counter_rng", "disk", "masks", "recipes"},
         # model -> evaluate -> report -> train -> cli
-        "evaluate": {"config", "counter_rng", "data", "model", "vit"},
-        "report": {"config", "disk", "evaluate", "versions", "visualize"},
+        "evaluate": {"config", "counter_rng", "data", "masks", "model", "vit"},
+        "report": {"config", "disk", "evaluate", "printable", "versions", "visualize"},
         "train": {
-            "config", "recipes", "counter_rng", "disk", "versions", "masks", "data", "vit",
-            "model", "visualize", "cost", "evaluate", "report",
+            "config", "recipes", "counter_rng", "disk", "versions", "machine", "masks", "data",
+            "vit", "model", "visualize", "cost", "evaluate", "report",
         },
-        "interop": {"config", "recipes", "data", "model", "evaluate", "train"},
+        "propose": {
+            "config", "recipes", "counter_rng", "disk", "printable", "masks", "data", "cost",
+            "report", "train",
+        },
+        "interop": {"config", "recipes", "disk", "data", "vit", "model", "evaluate", "train"},
         "downstream": {
-            "config", "recipes", "counter_rng", "disk", "versions", "data", "vit", "model",
-            "evaluate", "report", "train", "interop", "visualize",
+            "config", "recipes", "counter_rng", "disk", "printable", "versions", "machine",
+            "masks", "data", "vit", "model", "positions", "evaluate", "report", "train", "interop",
+            "visualize",
         },
-        "doctor": {"versions"},
-        "cli": {FACE, "config", "recipes", "cost", "report", "train", "downstream", "doctor"},
+        "doctor": {"machine", "versions"},
+        "ablate": {"config", "recipes", "disk", "report", "train"},
+        "cli": {
+            FACE, "config", "recipes", "data", "cost", "report", "train", "propose", "downstream",
+            "ablate", "doctor",
+        },
     },
 }  # fmt: skip
 # What of the op library a part of ijepa may import; what is not named here imports nothing of it.
@@ -99,7 +112,8 @@ OPS = {
     "ijepa.model": {"masked_vit_kernels"},
     "ijepa.train.optim": {"masked_vit_kernels"},
     "ijepa.masks": {"masked_vit_kernels.packing"},
-    "ijepa.evaluate": {"masked_vit_kernels.pixels"},
+    "ijepa.evaluate": {"masked_vit_kernels.pixels", "masked_vit_kernels.packing"},
+    "ijepa.downstream": {"masked_vit_kernels.pixels"},
     "ijepa.doctor": {"masked_vit_kernels.cpu_linear"},
 }
 # The oracle judges production and lends it nothing.

@@ -79,6 +79,9 @@ def assert_same_loss_and_gradients(model, loss, other_loss, tolerance=1e-10):
         {"loss": "l2"},
         {"target": "pixels"},
         {"target_masking": "input"},
+        {"target_norm": "instance"},
+        {"target_norm": "instance", "target": "pixels"},
+        {"target_norm": "none"},
         {"activation_checkpointing": True},
     ],
     ids=str,
@@ -273,6 +276,26 @@ def test_initialisation():
         torch.testing.assert_close(a.attn.proj.weight * (2 * layer) ** 0.5, b.attn.proj.weight)
         torch.testing.assert_close(a.mlp.fc2.weight * (2 * layer) ** 0.5, b.mlp.fc2.weight)
         assert torch.equal(a.attn.qkv.weight, b.attn.qkv.weight)
+
+
+def test_fan_in_initialisation():
+    config = replace(CONFIG, width=96, heads=4, predictor_width=48, patch_init_std=0.15)
+    model = IJEPA(replace(config, init="fan_in"))
+    for module in (model.context_encoder.blocks, model.predictor):
+        for name, layer in module.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                expected = layer.in_features**-0.5
+                assert layer.weight.std().item() == pytest.approx(expected, rel=0.06), name
+                assert not layer.bias.any()
+    # what is not a block's or the predictor's linear layer stays as it was
+    patch_embed = model.context_encoder.patch_embed.proj
+    assert patch_embed.weight.std().item() == pytest.approx(0.15, rel=0.1)
+    assert model.predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.4)
+
+
+def test_instance_normalised_targets_need_every_patch():
+    with pytest.raises(ValueError, match="every patch of an image, which target_masking"):
+        replace(CONFIG, target_norm="instance", target_masking="input")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ ROWS = {
     if len(cells := line.split("|")) == 9 and cells[1].strip().startswith("`")
 }
 PACKING = {
-    "Packing", "PredictorPacking", "choose_capacity", "pack_lengths", "pack_predictor",
-    "packing_from_cu_seqlens",
+    "Packing", "PredictorPacking", "PrefixPacking", "choose_capacity", "pack_lengths",
+    "pack_predictor", "pack_prefix", "packing_from_cu_seqlens",
 }  # fmt: skip
 
 

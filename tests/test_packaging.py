@@ -16,11 +16,12 @@ BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sy
 
 
 def modules(package: Path) -> set[str]:
-    """Every module and recipe below a package folder, as a wheel would name it."""
+    """Every file below a package folder that is installed, as a wheel would name it."""
     return {
         str(path.relative_to(package.parent))
         for path in package.rglob("*")
-        if path.suffix in (".py", ".toml") and "__pycache__" not in path.parts
+        if (path.suffix in (".py", ".toml", ".css", ".js") or path.name == "py.typed")
+        and "__pycache__" not in path.parts
     }
 
 
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz")
         )
-    for name in ("pyproject.toml", "README.md", "Makefile"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, folder)
     (folder / "out").mkdir()
     return folder
@@ -78,7 +79,8 @@ def test_the_source_archive_holds_what_a_build_needs(source):
     (path,) = (source / "out").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {"ijepa/py.typed", "kernels/masked_vit_kernels/py.typed"} <= names
     assert "kernels/masked_vit_kernels/__init__.py" in names
     assert "ijepa/configs/shapes-tiny.toml" in names
     assert "kernels/__init__.py" not in names
@@ -101,6 +103,38 @@ assert load_recipe("shapes-tiny").train.steps
     script = script.replace("SITE", repr(str(tmp_path / "site"))).replace("REMOVED", repr(removed))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+
+
+def test_what_is_installed_runs_the_demo_to_its_table(wheel, tmp_path):
+    """Outside the checkout, with nothing of it on the path."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    settings = (
+        "--train.steps 3 --data.num-images 64 --data.num-held-out 40 --train.output runs/demo"
+    )
+    script = (
+        f"import sys; sys.path[:] = [p for p in sys.path if p not in {['', str(ROOT)]!r}];"
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r}); from ijepa.cli import main;"
+        f"import ijepa; assert ijepa.__file__.startswith({str(tmp_path)!r});"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["IJEPA_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", script, "pretrain", *settings.split()], cwd=tmp_path,
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| random network" in (tmp_path / "runs/demo/summary.md").read_text()
+
+
+def test_the_wheel_says_its_licence_and_that_it_is_typed(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(n for n in archive.namelist() if n.endswith("METADATA"))
+        text = archive.read(metadata).decode()
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+    assert "License-Expression: Apache-2.0" in text
+    assert "Classifier: Typing :: Typed" in text
 
 
 def test_the_installed_command_is_the_one_the_readme_names():

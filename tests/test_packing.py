@@ -34,3 +34,19 @@ def test_integers_of_any_kind_are_lengths(lengths):
 def test_cu_seqlens_must_be_integers():
     with pytest.raises(ValueError, match=r"cu_seqlens must be int32 or int64, got torch\.float32"):
         packing_from_cu_seqlens(torch.tensor([0.0, 2.0]), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([0, 3, 2], r"must start at 0 and not decrease, got \[0, 3, 2\]"),
+        ([1, 3], r"must start at 0 and not decrease, got \[1, 3\]"),
+        ([0, 3, 9], "9 tokens do not fit capacity=8"),
+        ([0, 6], "a sequence has 6 tokens, over max_seqlen=4"),
+    ],
+)
+def test_bounds_that_are_none_are_refused_on_the_cpu(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        packing_from_cu_seqlens(torch.tensor(bounds), 4, 8)
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor, got list"):
+        packing_from_cu_seqlens(bounds, 4, 8)

@@ -64,7 +64,7 @@ def test_curves_are_drawn_whatever_is_there(batch, metrics, tmp_path):
     picture = np.asarray(opened.convert("RGB"))
     assert picture.shape[1] > 1000
     blue = np.abs(picture.astype(int) - [0x2E, 0x86, 0xC1]).sum(axis=2) < 12  # the loss's line
-    assert bool(blue[: len(picture) // 3].any()) == bool(metrics)
+    assert bool(blue[: len(picture) // 4].any()) == bool(metrics)
 
 
 def test_the_line_of_guessing_is_the_panels_own(monkeypatch, tmp_path):
@@ -77,9 +77,9 @@ def test_the_line_of_guessing_is_the_panels_own(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(Axes, "axhline", lambda _axis, y, **_style: drawn.append(y))
     plot_curves(lines(), tmp_path / "curves.png", title="run")
-    assert drawn == [pytest.approx(10.0)]
+    assert [y for y in drawn if y] == [pytest.approx(10.0)]
     plot_curves(lines()[:59], tmp_path / "curves.png", title="run")
-    assert len(drawn) == 1
+    assert len([y for y in drawn if y]) == 1
 
 
 def test_the_readme_shows_the_picture_of_a_run_as_the_demo_names_it():

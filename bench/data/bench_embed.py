@@ -27,7 +27,7 @@ from PIL import Image
 
 from ijepa.config import VIT_SIZES, ModelConfig
 from ijepa.data import folder_source
-from ijepa.data.in_order import batches_in_order
+from ijepa.data.in_order import batches_in_order, without_keys
 from ijepa.downstream.embed import Embedding, embed_source
 from ijepa.downstream.feature_files import DESCRIPTION, FEATURES, NAMES
 from ijepa.evaluate.pretrained import PretrainedEncoder
@@ -58,9 +58,9 @@ def encoder_alone(encoder: PretrainedEncoder, batches: int) -> float:
 def decoder_alone(folder: Path, encoder: PretrainedEncoder, workers: int) -> float:
     """Images a second of decoding and cropping, by as many processes as the command takes."""
     source = folder_source(folder, cache_bytes=0)
-    ranges = [range(at, min(at + BATCH, len(source))) for at in range(0, len(source), BATCH)]
+    asked = without_keys(np.array_split(np.arange(len(source)), -(-len(source) // BATCH)))
     started = time.perf_counter()
-    for _ in batches_in_order(source, encoder.transform, ranges, workers):
+    for _ in batches_in_order(source, encoder.transform, asked, workers):
         pass
     return len(source) / (time.perf_counter() - started)
 

@@ -84,7 +84,7 @@ def step_of(opcode: str, operands: str, control: int, machine: Machine) -> Step:
     )  # fmt: skip
     wide = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
     if opcode.startswith("HGMMA"):
-        width = int(re.search(r"64x(\d+)x16", opcode).group(1))
+        width = int(re.findall(r"64x(\d+)x16", opcode)[0])
         return replace(step, pipe="tensor", cycles=max(width / 2, 16),
                        latency=machine.product_latency, commits="gsb0" in operands)  # fmt: skip
     if opcode.startswith("HMMA"):
@@ -319,19 +319,20 @@ def play(
                     time = warp.boards[board]
             if step.left_flying >= 0:
                 flying = warp.products if step.pipe == "product_wait" else warp.groups
-                done = len(flying) - step.left_flying
-                if done > 0:
-                    time = max(time, *flying[:done])
+                landed = len(flying) - step.left_flying
+                if landed > 0:
+                    time = max(time, *flying[:landed])
             pipe = free[pipe_of.get(step.pipe, step.pipe)]
             if pipe > time and step.pipe != "tensor":
                 time = pipe
             if time < best_time:
                 best, best_time = warp, time
+        assert best is not None  # some warp runs, or the loop had ended
         warp, step = best, best.steps[best.at]
         now = max(clock, best_time)
         clock = now + 1
         warp.ready = now + max(step.stall, 1)
-        done = now + step.latency
+        done: float = now + step.latency
         kind = step.pipe
         if kind == "tensor":
             begin = max(now, free["tensor"])

@@ -146,7 +146,7 @@ def _target(config: ModelConfig, tokens: TokenCounts) -> Flops:
         return Flops(forward, forward)
     patches = config.num_patches
     forward = _embedding(config, patches) + (config.depth - 1) * _block(config, patches, patches**2)
-    if config.prune_target:
+    if config.prunes_target:
         forward += _pruned_block(config, patches, tokens.union, tokens.union * patches)
     else:
         forward += _block(config, patches, patches**2)

@@ -24,7 +24,7 @@ def smaller_run(recipe: Recipe, device: torch.device) -> str:
     """What to try where a recipe would take for ever on this machine."""
     if device.type == "cuda":
         return f"Fewer train.epochs, or more GPUs: see `ijepa plan {recipe.name} --gpus N`"
-    words = ["ijepa", "pretrain", "shapes-tiny"]
-    if recipe.data.path is not None:
-        words += ["--data.path", recipe.data.path]
-    return f"Without a GPU a small recipe fits: `{shlex.join(words)}`"
+    if recipe.data.path is None:
+        return "Without a GPU a small recipe fits: `ijepa pretrain shapes-tiny`"
+    words = shlex.join(["ijepa", "pretrain", "--data.path", recipe.data.path])
+    return f"A recipe for these images on this machine is made by `{words}`"

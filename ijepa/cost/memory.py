@@ -12,18 +12,19 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Trained parameters of an encoder and of the predictor; fixed positions are not counted."""
     pixels = config.channels * config.patch_size[0] * config.patch_size[1]
     width, narrow = config.width, config.predictor_width
-    encoder = pixels * width + width + config.depth * _block_parameters(width, config) + 2 * width
+    encoder = pixels * width + width + config.depth * block_parameters(width, config) + 2 * width
     predictor = (
         (width * narrow + narrow)
         + narrow
-        + config.predictor_depth * _block_parameters(narrow, config)
+        + config.predictor_depth * block_parameters(narrow, config)
         + 2 * narrow
         + (narrow * config.target_width + config.target_width)
     )
     return {"encoder": encoder, "predictor": predictor}
 
 
-def _block_parameters(width: int, config: ModelConfig) -> int:
+def block_parameters(width: int, config: ModelConfig) -> int:
+    """Of one transformer block of this width."""
     hidden = round(width * config.mlp_ratio)
     attention = 3 * width * width + 3 * width + width * width + width
     return attention + 2 * width * hidden + hidden + width + 4 * width

@@ -20,7 +20,13 @@ from ijepa.cost.flops import (
     total_flops,
 )
 from ijepa.cost.gpus import GPUS, Gpu
-from ijepa.cost.memory import activation_bytes, count_parameters, state_bytes
+from ijepa.cost.memory import (
+    activation_bytes,
+    block_parameters,
+    count_parameters,
+    state_bytes,
+)
+from ijepa.cost.scaling import Networks, Point, scaling
 from ijepa.recipes import check_known
 
 DEFAULT_MFU = 0.5
@@ -41,7 +47,9 @@ class Plan:
         image_bytes: activations that one image keeps for the backward pass.
         largest_batch: images of one micro-batch that fit a GPU, 0 where not one does.
         images_per_second: of all GPUs.
-        seconds: of the whole run.
+        seconds: of the whole run, sending left out.
+        room: bytes of a GPU's memory that can be used.
+        points: the step on one GPU to `gpus`, sending counted.
         mfu: share of the GPU's datasheet rate the times assume.
         micro_batch: images of a GPU's forward pass, as the recipe has it.
     """
@@ -60,6 +68,8 @@ class Plan:
     images_per_second: float
     images: float
     seconds: float
+    room: float
+    points: list[Point]
 
 
 def plan_recipe(
@@ -90,6 +100,8 @@ def plan_recipe(
     if num_images is None:
         rendered = recipe.data.source != "folder"
         num_images = recipe.data.num_images if rendered else IMAGENET_IMAGES
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if not 0 < mfu <= 1:
@@ -101,7 +113,8 @@ def plan_recipe(
     parameters = count_parameters(config)
     state = state_bytes(parameters, recipe.train.precision, recipe.train.target_precision)
     image = activation_bytes(config, tokens, recipe.train.precision)
-    room = device.memory * _GIB * (1 - _RESERVED) - state
+    usable = device.memory * _GIB * (1 - _RESERVED)
+    room = usable - state
     in_float8 = _in_float8(recipe, device, tokens)
     cost = total_flops(flops) - in_float8 * (1 - device.teraflops / (device.float8_teraflops or 1))
     rate = gpus * device.teraflops * 1e12 * mfu / cost
@@ -121,6 +134,23 @@ def plan_recipe(
         images_per_second=rate,
         images=images,
         seconds=images / rate,
+        room=usable,
+        points=scaling(
+            recipe,
+            Networks(
+                trained=sum(parameters.values()),
+                averaged=parameters["encoder"],
+                blocks=2 * config.depth + config.predictor_depth,
+                state_bytes=state,
+                image_bytes=image,
+                largest_unit=block_parameters(config.width, config),
+            ),
+            flops,
+            gpu=device,
+            gpus=gpus,
+            mfu=mfu,
+            room=usable,
+        ),
     )
 
 
@@ -171,4 +201,8 @@ def render_plan(plan: Plan) -> Table:
     hours = plan.seconds / 3600
     table.add_row("time", f"{hours:,.1f} hours = {hours / 24:,.2f} days")
     table.add_row("GPU-hours", f"{hours * plan.gpus:,.0f}")
+    rate = plan.points[-1].images_per_second(plan.recipe.train.batch_size)
+    if plan.gpus > 1 and rate is not None:
+        hours = plan.images / rate / 3600
+        table.add_row("time, sending counted", f"{hours:,.1f} hours = {hours / 24:,.2f} days")
     return table

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 from ijepa.data.batch import ImageBatch, load_batch
+from ijepa.data.cache_folder import default_cache
 from ijepa.data.decode import ImageError
 from ijepa.data.folder import folder_source
+from ijepa.data.images_at import images_at
 from ijepa.data.loader import Loader, TrainingBatch, build_loader
-from ijepa.data.procedural.dataset import PROCEDURES, default_cache, procedural_source
+from ijepa.data.procedural.dataset import PROCEDURES, procedural_source
 from ijepa.data.sources import ArraySource, FileSource, ImageSource
 from ijepa.data.views import CenterCrop, RandomResizedCrop, Squash, Transform
 
@@ -28,6 +30,7 @@ __all__ = [
     "build_source",
     "default_cache",
     "folder_source",
+    "images_at",
     "load_batch",
     "procedural_source",
 ]
@@ -46,7 +49,7 @@ def build_source(
     """A source by name: "shapes", "scenes", or "folder" with a `path`.
 
     Args:
-        path, channels: see `folder_source`.
+        path, channels: see `images_at`.
         num_images, image_size, seed, progress: see `procedural_source`.
 
     Raises:
@@ -55,7 +58,7 @@ def build_source(
     if kind == "folder":
         if path is None:
             raise ValueError("a folder source needs the path of a folder of images")
-        return folder_source(path, channels=channels)
+        return images_at(path, channels=channels)
     if kind not in PROCEDURES:
         raise ValueError(f"unknown data source {kind!r}: choose folder, {', '.join(PROCEDURES)}")
     if channels != 3:

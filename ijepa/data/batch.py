@@ -12,6 +12,7 @@ from ijepa.counter_rng import derive_keys
 from ijepa.data.decode import ImageError
 from ijepa.data.sources import ImageSource, OpenedImage
 from ijepa.data.views import Transform, render_view
+from ijepa.printable import printable
 
 _REPLACEMENT_STREAM = 0x5EB57
 _MAX_REPLACEMENTS = 50
@@ -117,6 +118,6 @@ def _render_replacement(
             continue
         return other
     raise ValueError(
-        f"{source.name(index)} cannot be read ({unreadable[index]}), and neither could "
+        f"{printable(source.name(index))} cannot be read ({unreadable[index]}), and neither could "
         f"{_MAX_REPLACEMENTS} images drawn in its place: most of this data set is damaged"
     )

@@ -8,6 +8,7 @@ orientation), it comes out upright with the number of channels asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import warnings
@@ -24,6 +25,8 @@ MAX_PIXELS = 80_000_000  # just under the size at which Pillow starts to warn of
 # and 0.3 GB on one core of an AMD EPYC (Zen 5), one of 79 million 3 to 4 s; a JPEG is reduced while
 # it is decoded.
 MAX_WHOLE_PIXELS = 50_000_000
+# Pillow goes by the content, whatever a file is called, and would hand PostScript to Ghostscript.
+_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA"]
 _ORIENTATION = 0x0112
 _QUARTER_TURNED = (5, 6, 7, 8)
 
@@ -168,11 +171,18 @@ def _exif_orientation(segment: bytes) -> int:
 
 def _open_with_pillow(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=_formats_here())
     except Image.DecompressionBombError as error:
         raise ImageError(str(error)) from error
     except Exception as error:
         raise ImageError("not an image that Pillow can read" if data else "empty file") from error
+
+
+@functools.cache
+def _formats_here() -> tuple[str, ...]:
+    """Those that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

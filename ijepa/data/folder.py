@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from ijepa.data.decode import MAX_PIXELS
+from ijepa.data.extensions import EXTENSIONS
+from ijepa.data.kept_scan import KEPT_FROM, keep_scan, load_scan
 from ijepa.data.regular_files import kind_of_file
 from ijepa.data.sources import FileSource
-
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff"),
-        *("ppm", "pgm", "pbm", "pnm", "avif", "jp2", "tga"),
-    )
-)
-
+from ijepa.printable import printable
 
 _RUN_FILES = {"recipe.json", "metrics.jsonl"}
 
@@ -36,7 +31,8 @@ def folder_source(
     If all images lie in two or more folders below `path`, each first-level folder is a class of
     the task "class". Otherwise there are no labels. Hidden files and folders are skipped, links
     are followed. Folders of runs are left out: their curves are no training images. FIFOs, sockets
-    and devices are never opened, whatever they are called; `left_out` of the source names them.
+    and devices are never opened, whatever they are called; `left_out` of the source names them,
+    and folders that may not be read.
 
     Raises:
         ValueError: no such folder, or no image in it; the message says what to try.
@@ -44,8 +40,19 @@ def folder_source(
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(_not_a_folder(root))
-    paths, others, left_out = _scan(root)
+    kept = load_scan(root)
+    if kept is not None:
+        paths, left_out = kept
+        others: Counter = Counter()
+    else:
+        began = time.time()
+        folders: list[str] = []
+        paths, others, left_out = _scan(root, folders)
+        if len(paths) >= KEPT_FROM:
+            keep_scan(root, paths, left_out, folders, began)
     if not paths:
+        if left_out and not others.keys() - {"unreadable folder"}:
+            raise ValueError(f"no images in {root}, and not all of it can be read: {left_out[0]}")
         raise ValueError(_no_images(root, others))
     labels, class_names = _labels_from_folders(paths)
     return FileSource(
@@ -60,14 +67,21 @@ def folder_source(
     )
 
 
-def _scan(root: Path) -> tuple[list[str], Counter, list[str]]:
+def _scan(root: Path, looked_into: list[str]) -> tuple[list[str], Counter, list[str]]:
     """Sorted relative paths of the images, how many other files had which extension, and
-    "path: what it is" of everything named like an image that is no file."""
+    "path: what it is" of everything named like an image that is no file, and of folders that
+    cannot be looked into. `looked_into` receives all folders."""
     paths: list[str] = []
     others: Counter = Counter()
     left_out: list[str] = []
     visited: set[str] = set()  # real paths: a link to a parent folder must not loop
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def cannot_look_into(error: OSError) -> None:
+        others["unreadable folder"] += 1
+        left_out.append(f"{printable(str(error.filename))}: {error.strerror}")
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=cannot_look_into):
+        looked_into.append(folder)
         real = os.path.realpath(folder)
         if real in visited:
             folders.clear()
@@ -87,7 +101,8 @@ def _scan(root: Path) -> tuple[list[str], Counter, list[str]]:
             if name in special:
                 others[special[name]] += 1
                 if extension in EXTENSIONS:
-                    left_out.append(f"{os.path.join(folder, name)}: {special[name]}")
+                    path = printable(os.path.join(folder, name))
+                    left_out.append(f"{path}: {special[name]}")
             elif extension in EXTENSIONS:
                 paths.append(name if prefix == "." else os.path.join(prefix, name))
             else:
@@ -102,9 +117,16 @@ def _special_files(folder: str) -> dict[str, str]:
     Most file systems tell the kind with the name: no file is looked at for it.
     """
     with os.scandir(folder) as entries:
-        odd = [entry for entry in entries if not entry.is_file() and not entry.is_dir()]
+        odd = [entry for entry in entries if _is_odd(entry)]
     kinds = ((entry.name, kind_of_file(entry.path)) for entry in odd)
     return {name: kind for name, kind in kinds if kind is not None}
+
+
+def _is_odd(entry: os.DirEntry) -> bool:
+    try:
+        return not entry.is_file() and not entry.is_dir()
+    except OSError:  # a link to itself: whoever opens it is told
+        return False
 
 
 def _labels_from_folders(paths: list[str]) -> tuple[dict, dict]:

@@ -30,11 +30,16 @@ from ijepa.data.batch import batch_labels, load_batch
 from ijepa.data.sources import ImageSource
 from ijepa.data.views import Transform
 from ijepa.data.worker_deaths import WorkerDied, deaths_seen_while_waiting, is_death_of_a_worker
+from ijepa.printable import printable
 
 _ORDER_STREAM, _CROP_STREAM, _MASK_STREAM = 1, 2, 3
 _PREFETCHED = 2  # batches a worker prepares ahead
 _TENSORS_PER_BATCH = 8  # upper bound, for the limit of open files
 _logger = logging.getLogger(__name__)
+
+
+class NoSharedMemory(RuntimeError):
+    """A data worker cannot hand over its batch."""
 
 
 class DrawsMasks(Protocol):
@@ -83,7 +88,7 @@ class UnreadableImages:
                 continue
             self._seen.add(index)
             if len(self.names) < self.max_names:
-                self.names.append(f"{source.name(index)}: {reason}")
+                self.names.append(f"{printable(source.name(index))}: {reason}")
                 _logger.warning("unreadable image replaced: %s", self.names[-1])
 
 
@@ -154,6 +159,7 @@ class Loader:
 
         Raises:
             WorkerDied: for the second time.
+            NoSharedMemory: workers cannot hand over what they have made.
         """
         item, replaced = self._start_step * self._steps.accumulate, False
         batches = self._start(item)
@@ -177,6 +183,8 @@ class Loader:
                 raise
             if made is None:
                 return
+            if isinstance(made, Exception):
+                raise made
             item += 1
             batch, unreadable = made
             self.unreadable.add(self._steps.source, unreadable)
@@ -231,7 +239,18 @@ class _StepDataset(torch.utils.data.Dataset):
         self.steps_per_epoch = len(source) // self.global_batch
         self._order: tuple[int, np.ndarray] | None = None  # the last epoch's
 
-    def __getitem__(self, item: int) -> tuple[TrainingBatch, dict[int, str]]:
+    def __getitem__(self, item: int) -> tuple[TrainingBatch, dict[int, str]] | Exception:
+        """The batch and its unreadable images, or in a worker why there is none: what a worker
+        raises reaches the main process with a traceback in its text."""
+        if torch.utils.data.get_worker_info() is None:
+            return self._made(item)
+        try:
+            batch, unreadable = self._made(item)
+            return in_shared_memory(batch), unreadable
+        except (ValueError, NoSharedMemory) as error:
+            return error
+
+    def _made(self, item: int) -> tuple[TrainingBatch, dict[int, str]]:
         step, part = divmod(item, self.accumulate)
         epoch, position = divmod(step, self.steps_per_epoch)
         share = self.rank * self.accumulate + part
@@ -250,6 +269,29 @@ class _StepDataset(torch.utils.data.Dataset):
             draws = random_bits(key[None], len(self.source))[0]
             self._order = epoch, np.argsort(draws, kind="stable")
         return self._order[1]
+
+
+def in_shared_memory(batch: TrainingBatch) -> TrainingBatch:
+    """The batch where the main process can take it from.
+
+    Without this it is put there by a thread of the worker's queue, which drops what finds no room,
+    and the main process waits for ever.
+
+    Raises:
+        NoSharedMemory: there is no room.
+    """
+    share_masks = getattr(batch.masks, "in_shared_memory", lambda: batch.masks)
+    try:
+        return batch._replace(
+            images=batch.images.share_memory_(),
+            masks=share_masks(),
+            labels={task: values.share_memory_() for task, values in batch.labels.items()},
+        )
+    except RuntimeError as error:
+        raise NoSharedMemory(
+            f"no room in shared memory for a batch on its way from a data worker ({error}): give "
+            "/dev/shm more (docker run --shm-size=8g), or try fewer data.workers, or 0"
+        ) from None
 
 
 def start_worker(worker: int) -> None:

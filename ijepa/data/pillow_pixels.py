@@ -52,7 +52,7 @@ def pillow_orientation(image: Image.Image, data: bytes) -> int:
         return 1
     try:
         if image.format == "PNG":
-            image = Image.open(io.BytesIO(_without_pixels(data)))
+            image = Image.open(io.BytesIO(_without_pixels(data)), formats=("PNG",))
         # Not PNG's own method, which reads the pixels to get at what comes after them.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except Exception:  # damaged metadata does not make the picture unreadable

@@ -25,19 +25,40 @@ def kind_of_file(path: str) -> str | None:
     return _KINDS.get(stat.S_IFMT(mode))
 
 
-def read_regular_file(path: str | os.PathLike) -> bytes:
-    """The whole content.
+MAX_BYTES = 1 << 29  # of one file; 50 million pixels of four 16-bit channels are fewer
+
+
+def open_regular_file(path: str | os.PathLike) -> int:
+    """A descriptor to read from, which the caller closes.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be opened, or is no regular file.
     """
     # Without O_NONBLOCK the opening itself would wait where the path became a FIFO meanwhile.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'folder')}, not a file")
+    return descriptor
+
+
+def read_regular_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
+    """The whole content.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than `max_bytes`: reading it
+            could take all the memory there is.
+    """
+    descriptor = open_regular_file(path)
     try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'folder')}, not a file")
+        size = os.fstat(descriptor).st_size
+        if size > max_bytes:
+            raise OSError(f"{size:,} bytes, more than the limit of {max_bytes:,}")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            data = file.read(max_bytes)
+        if data is None:  # of files below /proc, which are none
+            raise OSError("nothing to read")
+        return data
     finally:
         os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ijepa.data.sources import ImageSource, OpenedImage
@@ -13,7 +15,9 @@ class SourceSubset:
     def __init__(self, source: ImageSource, indices: np.ndarray):
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
         self.channels = source.channels
-        self.labels = {task: values[self.indices] for task, values in source.labels.items()}
+        self.labels: Mapping[str, np.ndarray] = {
+            task: values[self.indices] for task, values in source.labels.items()
+        }
         self.class_names = source.class_names
 
     def __len__(self) -> int:

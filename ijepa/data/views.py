@@ -8,7 +8,7 @@ grey level (bicubic: two, where nothing is clipped), so the crops look as in the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -152,6 +152,26 @@ class Squash:
 
     def views(self, sizes: np.ndarray, keys: np.ndarray | None = None) -> list[View]:
         return [View((0, 0, int(height), int(width)), self.size) for height, width in sizes]
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """Another transform's views, half of them mirrored."""
+
+    of: Transform
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.of.size
+
+    @property
+    def interpolation(self) -> str:
+        return self.of.interpolation
+
+    def views(self, sizes: np.ndarray, keys: np.ndarray) -> list[View]:
+        flips = uniform(keys, 1)[:, 0] < 0.5
+        views = self.of.views(sizes, keys)
+        return [replace(v, flip=bool(flip)) for v, flip in zip(views, flips, strict=True)]
 
 
 def render_view(image: OpenedImage, view: View, out: Tensor, interpolation: str) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ijepa.data.batch import ImageBatch
 from ijepa.data.identity import source_identity
-from ijepa.data.in_order import batches_in_order
+from ijepa.data.in_order import batches_in_order, without_keys
 from ijepa.data.sources import ImageSource
 from ijepa.data.views import Transform
 from ijepa.downstream.feature_files import FeatureFiles
@@ -187,13 +187,14 @@ def _computed(
     starts = range(done, len(source), size)
     rounds = -(-len(starts) // ranks)
     mine = [done + size * (turn * ranks + rank) for turn in range(rounds)]
-    ranges = [range(min(at, len(source)), min(at + size, len(source))) for at in mine]
+    ranges = [np.arange(min(at, len(source)), min(at + size, len(source))) for at in mine]
     workers = default_workers(device) if embedding.workers is None else embedding.workers
     pinned = device.type == "cuda"
     under_way: tuple[ImageBatch, torch.Tensor] | None = None
-    for batch in batches_in_order(source, embedding.transform, ranges, workers, pinned):
+    asked = without_keys(ranges)
+    for batch in batches_in_order(source, embedding.transform, asked, workers, pinned):
         images = batch.images.to(device, non_blocking=True)
-        with _precision(device, embedding.precision):
+        with autocast(device, embedding.precision):
             features = encoder.embed(images, embedding.layers)
         if under_way is not None:
             yield under_way[0], under_way[1].cpu().numpy()
@@ -202,7 +203,8 @@ def _computed(
         yield under_way[0], under_way[1].cpu().numpy()
 
 
-def _precision(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Around an encoder's work: its products in bfloat16 for "bf16", as they are for "fp32"."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

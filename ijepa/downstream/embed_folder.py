@@ -20,7 +20,7 @@ from ijepa.downstream.neighbours import nearest
 from ijepa.downstream.options import EmbedOptions, EncoderOptions, NeighboursOptions
 from ijepa.evaluate.pretrained import PretrainedEncoder, evaluation_crop
 from ijepa.interop import load_pretrained
-from ijepa.report.progress import RunConsole
+from ijepa.report.console import RunConsole
 from ijepa.train import distributed
 from ijepa.train.from_recipe import choose_device
 from ijepa.visualize.neighbours import draw_neighbours
@@ -83,6 +83,9 @@ def embed_folder(options: EmbedOptions) -> None:
             speed = "" if rate is None else f", {rate:,.0f} a second"
             _say(console, f"{done.rows:,} images{speed}: {options.out / FEATURES}")
             _tell_unreadable(console, done.unreadable)
+    except Exception as error:
+        distributed.leave(f"{type(error).__name__}: {error}")
+        raise
     finally:
         distributed.stop()
 

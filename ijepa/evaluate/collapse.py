@@ -24,6 +24,7 @@ class Panel:
 
     Attributes:
         effective_rank: RankMe, between 1 (all features on one line) and the width.
+        centred_rank: the same of the features less their mean, which is most of them otherwise.
         feature_std: standard deviation over the images, mean over the dimensions.
         lowest_std: that of the most constant dimension.
         cosine: mean cosine between the features of different images, 1 when all are alike.
@@ -34,6 +35,7 @@ class Panel:
     """
 
     effective_rank: float | None = None
+    centred_rank: float | None = None
     feature_std: float | None = None
     lowest_std: float | None = None
     cosine: float | None = None
@@ -64,6 +66,7 @@ def collapse_panel(features: Tensor, labels: Tensor | None = None) -> Panel:
         guessing = commonest_class_accuracy(labels[:half], labels[half:])
     return Panel(
         effective_rank=effective_rank(features),
+        centred_rank=effective_rank(features - features.mean(dim=0)),
         feature_std=std.mean().item(),
         lowest_std=std.min().item(),
         cosine=mean_cosine(features),

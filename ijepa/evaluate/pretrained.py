@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa.config import ModelConfig
 from ijepa.data.decode import EncodedImage, ImageError
@@ -19,8 +19,9 @@ from ijepa.data.pillow_pixels import pillow_pixels
 from ijepa.data.regular_files import read_regular_file
 from ijepa.data.sources import ArraySource, OpenedImage
 from ijepa.data.views import CenterCrop, Transform, render_view
+from ijepa.evaluate.drop_path import block_with_drop_path
 from ijepa.evaluate.features import CONCATENATED_BLOCKS, Layers, block_features
-from ijepa.vit import Encoder
+from ijepa.vit import Block, Encoder
 
 Picture = str | os.PathLike | Image.Image
 
@@ -35,13 +36,14 @@ def evaluation_crop(size: tuple[int, int]) -> CenterCrop:
 
 
 class PretrainedEncoder(Encoder):
-    """An encoder in evaluation mode whose weights are fixed.
+    """An encoder in evaluation mode whose weights are fixed; of a classifier, with its head.
 
     Args:
         config: sizes, and the statistics that pixels are normalised with.
         state: tensors by released name; None leaves the encoder as initialised.
         transform: what `preprocess` makes of an image; None is `evaluation_crop` of the size that
             the encoder was trained at.
+        class_names: of a classifier; then there is a linear `head` as well.
 
     Raises:
         ValueError: tensors are missing, unknown or of the wrong shape.
@@ -52,9 +54,12 @@ class PretrainedEncoder(Encoder):
         config: ModelConfig,
         state: dict[str, Tensor] | None = None,
         transform: Transform | None = None,
+        class_names: Sequence[str] = (),
     ):
         with torch.device("cpu" if state is None else "meta"):
             super().__init__(config)
+            if class_names:
+                self.head = nn.Linear(config.width, len(class_names))
         for name in ("image_mean", "image_std"):  # what no file holds
             setattr(self, name, torch.tensor(getattr(config, name), dtype=torch.float32))
         if state is not None:
@@ -63,6 +68,7 @@ class PretrainedEncoder(Encoder):
             except RuntimeError as error:
                 raise ValueError(f"the weights fit no encoder of their sizes: {error}") from None
         self.config = config
+        self.class_names = tuple(class_names)
         self.transform = transform or evaluation_crop(config.image_size)
         self.eval().requires_grad_(False)
 
@@ -93,6 +99,33 @@ class PretrainedEncoder(Encoder):
             return self._no_features(images, layers, pool)
         features = block_features(self, images, layers)  # (B, N, D)
         return features.mean(dim=1) if pool == "mean" else features
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """(B, classes) logits of images (B, C, H, W) uint8, by a fine-tuned classifier.
+
+        Raises:
+            ValueError: this encoder has no head; or images as for `embed`.
+        """
+        self._check(images)
+        return self.class_logits(images.to(self.pos_embed.device))
+
+    def class_logits(self, images: Tensor, drop_path: Sequence[float] = ()) -> Tensor:
+        """(B, classes): the patches' mean, through the final LayerNorm and the head (as MAE does).
+
+        Args:
+            images: (B, C, H, W) on the encoder's device, uint8 or normalised floats.
+            drop_path: chance of each block that an image goes past its branches; none by default.
+        """
+        if not self.class_names:
+            raise ValueError("this encoder has no head: fine-tune it (ijepa eval finetune)")
+        x, packing = self._embed(images, None, None)  # (B * N, D)
+        tokens = x.shape[0] // images.shape[0]
+        for block, chance in zip(self.blocks, drop_path or [0.0] * len(self.blocks), strict=True):
+            assert isinstance(block, Block)
+            x = block_with_drop_path(block, x, packing, chance, tokens)
+        pooled = x.view(images.shape[0], tokens, -1).mean(dim=1)
+        return self.head(self.norm(pooled))
 
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """Image files or Pillow images -> (B, C, H, W) uint8 for `embed`, as `transform` says.

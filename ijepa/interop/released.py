@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ijepa.config import VIT_SIZES, ModelConfig
+from ijepa.disk import written_aside
 from ijepa.interop.unloaded import networks_without_weights
 from ijepa.model import IJEPA
 from ijepa.train.checkpoint import METADATA
@@ -60,7 +61,13 @@ def read_released(
         FileNotFoundError, ValueError: see `load_official`.
     """
     _refuse_own(path)
-    checkpoint = _read(path)
+    return read_networks(path, read_torch_file(path), num_heads)
+
+
+def read_networks(
+    path: Path, checkpoint: Mapping, num_heads: int | None = None
+) -> tuple[ModelConfig, dict[str, dict[str, Tensor]]]:
+    """`read_released` of what the file at `path` held."""
     absent = [name for name in NETWORKS if not isinstance(checkpoint.get(name), Mapping)]
     if absent:
         held = [str(name) for name in checkpoint]
@@ -82,6 +89,19 @@ def read_released(
     return config, states
 
 
+def write_released(path: Path, model: IJEPA) -> None:
+    """All three networks as a `.pth.tar` that the released code and `load_official` read."""
+    content: dict[str, object] = {
+        name: {
+            f"module.{key}": tensor.detach().float().cpu().contiguous()
+            for key, tensor in model.get_submodule(ours).state_dict().items()
+        }
+        for name, ours in NETWORKS.items()
+    }
+    with written_aside(path) as aside:
+        torch.save(content | {"epoch": 0}, aside)
+
+
 def _refuse_own(path: Path) -> None:
     """Raise ValueError where the path is a run of this program or a part of one."""
     folder = path if path.is_dir() else path.parent
@@ -100,7 +120,12 @@ def _refuse_own(path: Path) -> None:
         )
 
 
-def _read(path: Path) -> Mapping:
+def read_torch_file(path: Path) -> Mapping:
+    """What a file of `torch.save` holds, read with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there; damaged, or no mapping.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:

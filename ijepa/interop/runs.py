@@ -44,6 +44,10 @@ def read_run(path: Path) -> tuple[Recipe, dict[str, Tensor], Path]:
         CheckpointError, ValueError: see `load_run`.
     """
     folder, metadata, weights = load_weights(path)
+    if "classifier" in metadata:
+        raise CheckpointError(
+            f"{folder} is a fine-tuned classifier: ijepa.load_pretrained opens it"
+        )
     if "config" not in metadata:
         raise CheckpointError(f"{folder} holds no settings")
     return recipe_from_dict(metadata["config"], f"{folder}: config"), weights, folder

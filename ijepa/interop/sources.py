@@ -17,8 +17,11 @@ from torch import Tensor
 from ijepa.config import ModelConfig
 from ijepa.data.views import Transform
 from ijepa.evaluate.pretrained import PretrainedEncoder
-from ijepa.interop.released import NETWORKS, read_released
+from ijepa.interop.classifiers import read_classifier
+from ijepa.interop.flat import PATCH_WEIGHT, description, read_flat, read_safetensors
+from ijepa.interop.released import NETWORKS, read_networks, read_torch_file
 from ijepa.interop.runs import read_run
+from ijepa.interop.transformers_folder import is_transformers_folder, read_transformers
 from ijepa.train.checkpoint import METADATA
 from ijepa.train.from_recipe import viewing_transform
 
@@ -33,11 +36,13 @@ class EncoderFiles:
         config: sizes and statistics.
         states: "target_encoder", "context_encoder" or one of them -> its tensors by released name.
         transform: what images are to look like, None where the source says nothing of it.
+        class_names: of a classifier, whose states hold a head.
     """
 
     config: ModelConfig
     states: dict[str, dict[str, Tensor]]
     transform: Transform | None = None
+    class_names: tuple[str, ...] = ()
 
 
 class Kind(NamedTuple):
@@ -64,7 +69,9 @@ def load_pretrained(
     """An encoder to embed images with: in evaluation mode, without gradients, float32.
 
     Args:
-        source: the folder of a run, one of its checkpoints, or a released `.pth.tar` file.
+        source: the folder of a run, one of its checkpoints, a released `.pth.tar` file, or an
+            encoder alone: a folder of transformers, a `.safetensors` file, or a state dict of
+            timm's. The run may be one of fine-tuning: such an encoder has a head, and `classify`.
         network: the paper evaluates the target encoder (appendix A.2).
         num_heads: of a source that does not say how many it has; default: the ViT of the same
             width's.
@@ -74,6 +81,16 @@ def load_pretrained(
         FileNotFoundError: there is nothing at `source`.
         ValueError: it is damaged or none of these, or holds no such network.
     """
+    files = read_encoder(source, network, num_heads)
+    state = {name: tensor.float().clone() for name, tensor in files.states[network].items()}
+    encoder = PretrainedEncoder(files.config, state, files.transform, files.class_names)
+    return encoder.to(device)
+
+
+def read_encoder(
+    source: str | os.PathLike, network: Network = "target_encoder", num_heads: int | None = None
+) -> EncoderFiles:
+    """What a source holds, the `network` among it; arguments and errors of `load_pretrained`."""
     if network not in get_args(Network):
         raise ValueError(f"network must be one of {', '.join(get_args(Network))}, got {network!r}")
     path = Path(source).expanduser()
@@ -87,15 +104,15 @@ def load_pretrained(
         raise ValueError(f"{path} holds no {network}, but {', '.join(files.states)}")
     if num_heads not in (None, files.config.heads):
         raise ValueError(f"{path} says that it has {files.config.heads} heads, not {num_heads}")
-    state = {name: tensor.float().clone() for name, tensor in files.states[network].items()}
-    return PretrainedEncoder(files.config, state, files.transform).to(device)
+    return files
 
 
 def _kinds() -> str:
     return ", or ".join(kind.what for kind in KINDS)
 
 
-def _is_of_a_run(path: Path) -> bool:
+def is_of_a_run(path: Path) -> bool:
+    """Whether the path is a run's folder or a part of one, by names alone."""
     folder = path if path.is_dir() else path.parent
     if path.is_file() and path.suffix != ".safetensors":
         return False
@@ -107,7 +124,16 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _read_run(path: Path, _: int | None) -> EncoderFiles:
-    recipe, weights, _folder = read_run(path if path.is_dir() else path.parent)
+    path = path if path.is_dir() else path.parent
+    classifier = read_classifier(path)
+    if classifier is not None:
+        return EncoderFiles(
+            classifier.config,
+            {"target_encoder": classifier.state},
+            classifier.transform,
+            classifier.class_names,
+        )
+    recipe, weights, _folder = read_run(path)
     states = {
         name: {
             key.removeprefix(f"{name}."): tensor
@@ -121,12 +147,36 @@ def _read_run(path: Path, _: int | None) -> EncoderFiles:
     return EncoderFiles(recipe.model, states, transform)
 
 
-def _read_released(path: Path, num_heads: int | None) -> EncoderFiles:
-    config, states = read_released(path, num_heads)
+def _read_torch_file(path: Path, num_heads: int | None) -> EncoderFiles:
+    """A released checkpoint, or one encoder's tensors as timm saves them."""
+    checkpoint = read_torch_file(path)
+    if PATCH_WEIGHT in checkpoint:
+        return _alone(*read_flat(path, checkpoint, num_heads))
+    config, states = read_networks(path, checkpoint, num_heads)
     return EncoderFiles(config, {NETWORKS[name]: state for name, state in states.items()})
 
 
+def _read_safetensors(path: Path, num_heads: int | None) -> EncoderFiles:
+    tensors, metadata = read_safetensors(path)
+    return _alone(*read_flat(path, tensors, num_heads, description(metadata)))
+
+
+def _read_transformers(path: Path, _: int | None) -> EncoderFiles:
+    return _alone(*read_transformers(path))
+
+
+def _alone(config: ModelConfig, state: dict[str, Tensor]) -> EncoderFiles:
+    """Of a source with one encoder, which is what everybody exports: the target encoder."""
+    return EncoderFiles(config, {"target_encoder": state})
+
+
 KINDS = (
-    Kind("the folder of a run or one of its checkpoints", _is_of_a_run, _read_run),
-    Kind("a released .pth.tar file", Path.is_file, _read_released),
+    Kind("the folder of a run or one of its checkpoints", is_of_a_run, _read_run),
+    Kind("a folder of transformers (IJepaModel)", is_transformers_folder, _read_transformers),
+    Kind(
+        "a .safetensors file of an encoder (ours or timm's)",
+        lambda path: path.is_file() and path.suffix == ".safetensors",
+        _read_safetensors,
+    ),
+    Kind("a released .pth.tar file, or timm's .pth", Path.is_file, _read_torch_file),
 )

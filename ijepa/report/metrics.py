@@ -114,17 +114,26 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines of `folder`/metrics.jsonl; empty without such a file."""
+    """All whole lines of `folder`/metrics.jsonl; empty without such a file.
+
+    A line that a crash cut short or a disk damaged is left out, and so is what no run has written.
+    """
     path = folder / FILE_NAME
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue  # a line cut short by a crash
-    return lines
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in map(_parsed, texts) if line is not None]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line's figures, or None where it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(line, dict) and type(line.get("step")) is int
+    numbers = whole and all(isinstance(value, int | float) for value in line.values())
+    return line if numbers else None
 
 
 def _open_tensorboard(folder: Path, first_step: int):

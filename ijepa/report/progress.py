@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,17 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 SECONDS_BETWEEN_LINES = 20.0  # without a terminal
 SECONDS_UNTOLD = 3.0  # what takes longer before the first step is named
 ABSURD_SECONDS = 30 * 86_400.0  # of time left
-
-
-class RunConsole(Console):
-    """A console whose reader may go away, as the `tee` of a long run: the run goes on unheard."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
-        print("nobody reads the output any more: the run goes on without", file=sys.stderr)
 
 
 class RunProgress:

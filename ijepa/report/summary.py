@@ -16,10 +16,14 @@ from rich.table import Table
 from ijepa.config import Recipe
 from ijepa.disk import write_whole, written_aside
 from ijepa.evaluate.closing import ProbeRow
+from ijepa.evaluate.warnings import learning_warnings
+from ijepa.printable import printable
 from ijepa.report.metrics import read_metrics
+from ijepa.report.probes import Probes, write_probes
 from ijepa.report.progress import format_seconds
 from ijepa.versions import versions
 
+PROBES = ("linear probe", "whitened kNN", "kNN")  # columns of the closing table, once a task
 PLOTS_NOTE = "curves.png is left out: it needs matplotlib (pip install 'ijepa[plots]')"
 
 
@@ -74,20 +78,22 @@ def write_report(report: RunReport, mask_examples: np.ndarray) -> None:
             plot_curves(
                 read_metrics(report.folder),
                 path,
-                title=report.folder.name,
+                title=printable(report.folder.name),
                 mask_examples=mask_examples,
             )
     write_summary(report)
 
 
 def write_summary(report: RunReport) -> None:
-    """Write summary.md into the run's folder.
+    """Write summary.md, and probes.json where there are probes, into the run's folder.
 
     Raises:
         NotWritten: there is no room; the old one, if any, is as it was.
     """
     text = summary_text(report, read_metrics(report.folder), _plots())
     write_whole(report.folder / "summary.md", text)
+    if report.probes:
+        write_probes(report.folder, Probes(report.chance, report.probes))
 
 
 def show_incidents(report: RunReport, console: Console) -> None:
@@ -120,7 +126,7 @@ def _plots() -> bool:
 
 def closing_rich_table(report: RunReport) -> Table:
     """The probes as a table for the terminal; the pretrained rows stand out."""
-    header, *rows = _probe_cells(report)
+    header, *rows = probe_cells(Probes(report.chance, report.probes))
     table = Table(title="Accuracy on held-out images", title_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left")
@@ -129,22 +135,22 @@ def closing_rich_table(report: RunReport) -> Table:
     return table
 
 
-def _probe_cells(report: RunReport) -> list[list[str]]:
+def probe_cells(probes: Probes) -> list[list[str]]:
     """Header and rows of the closing table; the last row is guessing."""
-    tasks = list(report.chance)
-    header = ["average-pooled features of"]
+    tasks = list(probes.chance)
+    header = ["features of"]
     for task in tasks:
         prefix = f"{task}: " if len(tasks) > 1 else ""
-        header += [f"{prefix}linear probe", f"{prefix}kNN"]
+        header += [f"{prefix}{probe}" for probe in PROBES]
     cells = [header]
-    for row in report.probes:
+    for row in probes.rows:
         if not row.scores:
-            cells.append([row.features, *["not finite"] * (2 * len(tasks))])
+            cells.append([row.features, *["not finite"] * (len(PROBES) * len(tasks))])
             continue
         scores = [row.scores[task] for task in tasks]
-        values = [value for score in scores for value in (score.linear, score.knn)]
+        values = [v for score in scores for v in (score.linear, score.whitened_knn, score.knn)]
         cells.append([row.features, *(f"{100 * value:.1f} %" for value in values)])
-    guesses = [f"{100 * report.chance[task]:.1f} %" for task in tasks for _ in range(2)]
+    guesses = [f"{100 * probes.chance[task]:.1f} %" for task in tasks for _ in PROBES]
     return [*cells, ["always the commonest class", *guesses]]
 
 
@@ -154,23 +160,24 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
     steps, batch = recipe.train.num_steps, recipe.train.batch_size
     epochs = steps * batch / report.images
     parts = [
-        f"# {report.folder.name}",
+        f"# {printable(report.folder.name)}",
         f"{steps:,} steps of {batch} images ({epochs:,.1f} passes over {report.images:,} images) "
         f"in {format_seconds(report.seconds)}, "
         f"{steps * batch / max(report.seconds, 1e-9):,.0f} images/s with the panels counted in.",
     ]
     if report.probes:
-        header, *rows = _probe_cells(report)
+        header, *rows = probe_cells(Probes(report.chance, report.probes))
         parts += [
             f"## Accuracy on held-out images ({', '.join(report.chance)})",
             _markdown_table(header, rows),
             "The linear probe is a logistic regression on standardised features; kNN votes among "
-            "20 neighbours by cosine. The commonest class is that of the images the probes are "
-            "fitted on.",
+            "20 neighbours by cosine, of features as they are and whitened by those it looks "
+            "among. Features are averaged over the patches unless the row says otherwise. The "
+            "commonest class is that of the images the probes are fitted on.",
         ]
     if report.no_probes:
         parts += ["## Accuracy on held-out images", f"Not measured: {report.no_probes}."]
-    parts += _panel_section(metrics)
+    parts += _panel_section(metrics, recipe)
     if plotted:
         parts += ["## Curves", "![curves](curves.png)"]
     else:
@@ -185,21 +192,28 @@ def summary_text(report: RunReport, metrics: Sequence[Mapping[str, Any]], plotte
     return "\n\n".join(parts) + "\n"
 
 
-def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+def _panel_section(metrics: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[str]:
     panels = [line for line in metrics if "effective_rank" in line]
     losses = [line for line in metrics if "loss" in line]
     if not panels or not losses:
         return []
     first, last = panels[0], panels[-1]
+    warnings = learning_warnings(last, recipe.model.width, recipe.schedule.warmup_steps)
     rows = [
-        (title, f"{first[name]:.3f}", f"{last[name]:.3f}")
+        (title, f"{first[name]:.3g}", f"{last[name]:.3g}")
         for name, title in (
             ("effective_rank", "effective rank (RankMe)"),
+            ("centred_rank", "effective rank, less the mean"),
             ("feature_std", "std over images, mean of the dimensions"),
             ("lowest_std", "std over images, lowest dimension"),
             ("cosine", "mean cosine between images"),
             ("knn", "online kNN accuracy"),
             ("knn_guessing", "accuracy of guessing on the same images"),
+            ("r2", "R2: share predicted of what the position leaves open"),
+            ("position_share", "share of the targets' variance: position"),
+            ("image_share", "share of the targets' variance: image"),
+            ("interaction_share", "share of the targets' variance: this patch of this image"),
+            ("encoder_grad_norm", "gradient norm of the encoder"),
         )
         if name in first and name in last
     ]
@@ -209,6 +223,7 @@ def _panel_section(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Loss at the end {losses[-1]['loss']:.4f}. It is a proxy: it falls while targets are easy "
         "and rises again when they begin to carry content. A collapse shows here instead: "
         "effective rank towards 1, std towards 0, cosine towards 1.",
+        *(f"**Warning:** {sentence}." for sentence in warnings.values()),
     ]
 
 
@@ -229,7 +244,7 @@ def _incidents(report: RunReport) -> list[str]:
         notes.append(f"{_unreadable(report)}:\n\n{listing}{rest}")
     if report.left_out:
         listing = "\n".join(f"- {name}" for name in report.left_out[:20])
-        notes.append(f"{len(report.left_out)} left out, being no files:\n\n{listing}")
+        notes.append(f"{len(report.left_out)} left out, being no readable files:\n\n{listing}")
     return ["## Incidents", *notes] if notes else []
 
 

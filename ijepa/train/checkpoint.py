@@ -5,6 +5,7 @@
         trainer.safetensors     optimiser and counters, random states
         checkpoint.json         step, settings, versions, sizes and SHA-256 of the files
     RUN/checkpoints/latest      the newest one's name
+    RUN/checkpoints/best/       the weights alone that scored best on the way
 
 A checkpoint is written into a folder aside, every file and the folder are fsynced, and one rename
 puts it in place; `latest` is replaced likewise. A process killed at any moment leaves the last
@@ -13,8 +14,11 @@ complete checkpoint as it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -26,17 +30,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ijepa.disk import not_written, require_space, sync, write_whole
+from ijepa.disk import NotWritten, not_written, require_space, sync, write_whole
+from ijepa.machine import hardware
 from ijepa.versions import versions
 
 FORMAT = "ijepa-checkpoint"
 FORMAT_VERSION = 1
 KEPT = 2  # checkpoints of a run
-WEIGHTS, STATE, METADATA, LATEST = (
+WEIGHTS, STATE, METADATA, LATEST, BEST = (
     "weights.safetensors",
     "trainer.safetensors",
     "checkpoint.json",
     "latest",
+    "best",
 )
 
 
@@ -72,6 +78,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `run_folder`/checkpoints/step-<step> atomically and drop all but the newest two.
 
+    Folders of other names, as a copy that somebody keeps, stay.
+
     Args:
         state: nested dicts and lists of tensors, numbers, strings, booleans and None.
         metadata: JSON values.
@@ -81,18 +89,94 @@ def save_checkpoint(
             nothing of this one is left to fill the disk.
     """
     root = run_folder / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:08d}"
-    aside = root / f".{final.name}.partial"
-    for leftover in root.glob(".*.partial"):
-        _remove(leftover)
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "", tensors)
-    require_space(final.name, root, _bytes_needed(weights) + _bytes_needed(tensors))
+    final = write_checkpoint(root, f"step-{step:08d}", step, weights, state, metadata)
+    make_latest(final)
+    return final
+
+
+def make_latest(checkpoint: Path) -> None:
+    """A whole checkpoint step-<step> is the run's latest now; all but the newest two go.
+
+    Raises:
+        NotWritten: no room to say so.
+    """
+    root = checkpoint.parent
     try:
-        aside.mkdir()
-        save_file(_savable(weights), aside / WEIGHTS)
-        save_file(_savable(tensors), aside / STATE)
+        write_whole(root / LATEST, checkpoint.name + "\n")
+    except OSError as error:
+        raise not_written(checkpoint.name, root, error) from None
+    # By when they were written: of a run that goes on from an older checkpoint, those of higher
+    # steps are the older ones.
+    others = sorted((f for f in checkpoint_folders(root) if f != checkpoint), key=_written)
+    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
+        _remove(old)
+
+
+def write_checkpoint(
+    root: Path,
+    name: str,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+) -> Path:
+    """Write `root`/`name` whole, in place of what was there; arguments as for `save_checkpoint`.
+
+    Raises:
+        NotWritten: what was there is as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = flatten(state, "", tensors)
+    files = {WEIGHTS: _savable(weights), STATE: _savable(tensors)}
+    folder = CheckpointFolder(root / name)
+    folder.begin(bytes_needed(weights) + bytes_needed(tensors))
+    try:
+        for file, content in files.items():
+            save_file(content, folder.aside / file)
+        folder.seal(step, metadata, tree)
+    except (OSError, SafetensorError) as error:
+        raise folder.given_up(error) from None
+    return folder.path
+
+
+class CheckpointFolder:
+    """The folder of a checkpoint that is being written.
+
+    Attributes:
+        path: where it will be.
+        aside: where it is until it is whole.
+    """
+
+    def __init__(self, path: Path):
+        self._root, self.path = path.parent, path
+        self.aside = self._root / f".{path.name}.partial"
+
+    def begin(self, needed: int) -> None:
+        """Make `aside`; what a killed process left of others goes away.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            NotWritten: no room.
+        """
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob(".*.partial"):
+                _remove(leftover)
+            require_space(self.path.name, self._root, needed)
+            self.aside.mkdir()
+        except OSError as error:
+            raise self.given_up(error) from None
+
+    def given_up(self, error: BaseException) -> NotWritten:
+        """Leave nothing that would fill the disk; the error to raise."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        return not_written(self.path.name, self._root, error)
+
+    def seal(self, step: int, metadata: dict[str, Any], tree: Any) -> None:
+        """Describe the files in `aside` and put it into its place, for what was there."""
+        root, final, aside = self._root, self.path, self.aside
         _describe(aside, step, metadata, tree)
         for name in (WEIGHTS, STATE):
             sync(aside / name)
@@ -101,16 +185,23 @@ def save_checkpoint(
             final.rename(root / f".{final.name}.replaced.partial")
         aside.rename(final)
         sync(root)
-        write_whole(root / LATEST, final.name + "\n")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise not_written(final.name, root, error) from None
-    # By when they were written: of a run that goes on from an older checkpoint, those of higher
-    # steps are the older ones.
-    others = sorted((f for f in root.glob("step-*") if f != final), key=_written)
-    for old in [*others[: 1 - KEPT], *root.glob(".step-*.partial")]:
-        _remove(old)
-    return final
+        for old in root.glob(f".{final.name}.*.partial"):
+            _remove(old)
+
+
+def take_up(checkpoint: Path) -> None:
+    """Make the checkpoint that a run goes on from its newest, whatever its step: if the run ends
+    before its next save, this is where its log ends too.
+
+    Raises:
+        NotWritten: nothing can be written there.
+    """
+    try:
+        os.utime(checkpoint / METADATA)
+    except OSError as error:
+        raise not_written(METADATA, checkpoint, error) from None
+    if checkpoint.parent.name == "checkpoints":
+        write_whole(checkpoint.parent / LATEST, checkpoint.name + "\n")
 
 
 def _written(folder: Path) -> tuple[int, str]:
@@ -122,13 +213,15 @@ def _written(folder: Path) -> tuple[int, str]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
+    """What cannot go now, as a file that is open on NFS, is tried again at the next save."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
-def _bytes_needed(tensors: dict[str, Tensor]) -> int:
+def bytes_needed(tensors: dict[str, Tensor]) -> int:
     """Upper bound of what the tensors and their description take on a disk."""
     content = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return content + 1000 * len(tensors) + (1 << 16)
@@ -142,6 +235,7 @@ def _describe(folder: Path, step: int, metadata: dict[str, Any], tree: Any) -> N
         "step": step,
         "files": {name: _fingerprint(folder / name) for name in (WEIGHTS, STATE)},
         "versions": versions(),
+        "machine": hardware(),
         **metadata,
         "state": tree,
     }
@@ -160,12 +254,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     try:
         contents = {name: load_file(folder / name) for name in (WEIGHTS, STATE)}
         state = _unflatten(metadata.pop("state"), contents[STATE])
-        step = int(metadata["step"])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
-    return Checkpoint(folder, step, metadata, contents[WEIGHTS], state)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / METADATA} is damaged: what it says of the state ({error!r})"
+        ) from None
+    return Checkpoint(folder, metadata["step"], metadata, contents[WEIGHTS], state)
 
 
 def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -184,8 +279,6 @@ def load_weights(path: Path | str) -> tuple[Path, dict[str, Any], dict[str, Tens
         return folder, metadata, load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -195,11 +288,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         CheckpointError: one of them is missing, damaged or foreign; names it.
     """
     metadata = read_metadata(folder)
-    try:
-        for name in (WEIGHTS, STATE):
-            _verify_file(folder / name, metadata["files"][name])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r} is missing") from None
+    for name in (WEIGHTS, STATE):
+        _verify_file(folder / name, metadata["files"][name])
     return metadata
 
 
@@ -224,7 +314,30 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         )
     if metadata.get("checksum") != _checksum(metadata):
         raise CheckpointError(f"{folder / METADATA} is damaged: its checksum differs")
+    _check_entries(folder / METADATA, metadata)
     return metadata
+
+
+def _check_entries(file: Path, metadata: dict[str, Any]) -> None:
+    """Raise CheckpointError where an entry is of another kind than what is written: the checksum
+    says only that whoever wrote it knew how."""
+    files, seconds = metadata.get("files"), metadata.get("seconds", 0.0)
+    data = metadata.get("data", {})
+    step, images = metadata.get("step"), data.get("images", 1) if isinstance(data, dict) else None
+    fingerprints = [files.get(n) for n in (WEIGHTS, STATE)] if isinstance(files, dict) else [None]
+    kinds = {
+        "step": type(step) is int and step >= 0,
+        "files": all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+                     for entry in fingerprints),
+        "config": isinstance(metadata.get("config", {}), dict),
+        "data": type(images) is int and images > 0,
+        "seconds": isinstance(seconds, int | float) and math.isfinite(seconds),
+        "state": isinstance(metadata.get("state"), dict),
+    }  # fmt: skip
+    for name, fits in kinds.items():
+        if not fits:
+            shown = repr(metadata.get(name))[:80]
+            raise CheckpointError(f"{file} is damaged: {name} cannot be {shown}")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -239,9 +352,10 @@ def find_checkpoint(path: Path) -> Path:
         )
     if (root / LATEST).exists():
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step-\d+", name):  # a path would lead out of the run
+        if not re.fullmatch(r"step-\d{1,18}", name):  # a path would lead out of the run
             raise CheckpointError(
-                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, got {name!r}"
+                f"{root / LATEST} must name a checkpoint beside it, as step-00000500, "
+                f"got {name[:80]!r}"
             )
         if not (root / name).is_dir():
             raise CheckpointError(f"{root / LATEST} names {name}, which is not there")
@@ -257,14 +371,13 @@ def find_checkpoint(path: Path) -> Path:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The checkpoints in a run's checkpoints folder, by step; none is opened."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def holds_checkpoint(run_folder: Path) -> bool:
     """Whether a run can go on from `run_folder`."""
-    root = run_folder / "checkpoints"
-    return (root / LATEST).exists() or any(root.glob("step-*"))
+    return bool(checkpoint_folders(run_folder / "checkpoints"))
 
 
 def _verify_file(file: Path, expected: dict[str, Any]) -> None:
@@ -298,15 +411,15 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name, tensor in tensors.items()}  # fmt: skip
 
 
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A JSON description of a nested value; its tensors go into `tensors` by their path."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):  # as pairs: optimisers key their state by integers
-        return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        entries = [_flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
+        entries = [flatten(entry, f"{name}/{i}", tensors) for i, entry in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": entries}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
@@ -314,7 +427,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_flatten`."""
+    """The inverse of `flatten`."""
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]

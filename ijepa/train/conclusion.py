@@ -13,6 +13,7 @@ import torch
 from ijepa.evaluate.closing import closing_table
 from ijepa.evaluate.images import ProbesNotFitted
 from ijepa.masks.from_config import build_mask_sampler
+from ijepa.model import IJEPA
 from ijepa.report.summary import (
     RunReport,
     show_files,
@@ -36,7 +37,8 @@ def conclude(run: Run) -> None:
     In this order: whatever becomes of the probes, what the run did is written down. What of it
     finds no room is told at the end, by `Run.check_written`.
     """
-    if not distributed.is_main():
+    model = run.trainer.whole_model(distributed.is_main())
+    if model is None or not distributed.is_main():
         return
     report = RunReport(
         folder=run.folder.path,
@@ -52,7 +54,7 @@ def conclude(run: Run) -> None:
     with _noting_what_is_unwritten(run):
         write_report(report, _mask_examples(run))
     if run.recipe.monitor.evaluate and run.source.labels:
-        report = _probed(run, report)
+        report = _probed(run, report, model)
         with _noting_what_is_unwritten(run):
             write_summary(report)
     if run.console is not None:
@@ -62,7 +64,7 @@ def conclude(run: Run) -> None:
             show_files(report, run.console)
 
 
-def _probed(run: Run, report: RunReport) -> RunReport:
+def _probed(run: Run, report: RunReport, model: IJEPA) -> RunReport:
     """The report with the closing probes, or with why there are none."""
     try:
         images = from_recipe.labelled_images(run.recipe, run.source, run.console is not None)
@@ -70,7 +72,7 @@ def _probed(run: Run, report: RunReport) -> RunReport:
         return dataclasses.replace(report, no_probes=str(error))
     run.progress.note("Fitting probes on the target encoder and the baselines ...")
     untrained = from_recipe.build_model(run.recipe).to(run.device)
-    probes = closing_table(run.model, untrained, images)
+    probes = closing_table(model, untrained, images)
     return dataclasses.replace(report, chance=images.chance, probes=probes)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,6 @@ from ijepa.train.lost_ranks import RankRegister
 Value = TypeVar("Value")
 
 _register: RankRegister | None = None  # of the process group, while there is one
-_BUCKET_ELEMENTS = 1 << 24  # gradients that are summed in one message
 
 
 def start(device: torch.device) -> torch.device:
@@ -31,7 +30,7 @@ def start(device: torch.device) -> torch.device:
 
     Without RANK and WORLD_SIZE in the environment nothing happens.
     """
-    if not _launched_with_others():
+    if not launched_with_others():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -43,18 +42,19 @@ def start(device: torch.device) -> torch.device:
     store, number, ranks = next(rendezvous("env://"))
     global _register
     _register = RankRegister(store, number, ranks)  # before the group, which waits for all of them
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"  # checkpoints have a gloo group of theirs
     dist.init_process_group(backend, store=store, rank=number, world_size=ranks)
     return device
 
 
-def _launched_with_others() -> bool:
+def launched_with_others() -> bool:
+    """Whether torchrun started several processes of which this is one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def launched_rank() -> int:
     """This process's number as it was started, also where there is no process group (any more)."""
-    return int(os.environ["RANK"]) if _launched_with_others() else 0
+    return int(os.environ["RANK"]) if launched_with_others() else 0
 
 
 def stop() -> None:
@@ -71,7 +71,7 @@ def leave(reason: str) -> None:
         _register.leave(reason)
 
 
-def _collective() -> contextlib.AbstractContextManager[None]:
+def collective() -> contextlib.AbstractContextManager[None]:
     """Around every collective operation: where it fails, `RankLost` names the rank that is gone."""
     return contextlib.nullcontext() if _register is None else _register.collective()
 
@@ -86,6 +86,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def machines() -> int:
+    """Number of machines, as torchrun has counted them."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this process writes files and talks to the user."""
     return rank() == 0
@@ -94,7 +99,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
-        with _collective():
+        with collective():
             dist.barrier()
 
 
@@ -102,7 +107,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of every rank's tensor, on every rank; the tensor itself in a single process."""
     if world_size() > 1:
         value = value.clone()
-        with _collective():
+        with collective():
             dist.all_reduce(value)
     return value
 
@@ -112,7 +117,7 @@ def from_main(value: object) -> object:
     if world_size() == 1:
         return value
     box = [value]
-    with _collective():
+    with collective():
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -122,7 +127,7 @@ def gather_to_main(value: object) -> list | None:
     if world_size() == 1:
         return [value]
     box: list[object] | None = [None] * world_size() if is_main() else None
-    with _collective():
+    with collective():
         dist.gather_object(value, box)
     return box
 
@@ -143,31 +148,25 @@ def on_main(function: Callable[[], Value]) -> Value:
     return result  # type: ignore[return-value]
 
 
-@torch.no_grad()
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its sum over the ranks, in place, a flat bucket at a time."""
+def require_same(values: Mapping[str, object]) -> None:
+    """Compare what has to be the same on every rank, picklable values by name.
+
+    Raises:
+        ValueError: on every rank, naming the first value that differs and where.
+    """
     if world_size() == 1:
         return
-    bucket: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        full = sum(gradient.numel() for gradient in bucket) >= _BUCKET_ELEMENTS
-        if bucket and (full or bucket[0].dtype != parameter.grad.dtype):
-            _sum_bucket(bucket)
-            bucket = []
-        bucket.append(parameter.grad)
-    if bucket:
-        _sum_bucket(bucket)
-
-
-def _sum_bucket(gradients: list[Tensor]) -> None:
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    with _collective():
-        dist.all_reduce(flat)
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    found: list = [None] * world_size()
+    with collective():
+        dist.all_gather_object(found, dict(values))
+    for number, others in enumerate(found):
+        for name in found[0] | others:
+            here, there = found[0].get(name), others.get(name)
+            if here != there:
+                raise ValueError(
+                    f"the ranks would train different runs: {name} is {here} on rank 0 and "
+                    f"{there} on rank {number}"
+                )
 
 
 class LateVote:

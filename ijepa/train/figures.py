@@ -66,11 +66,11 @@ class Figures:
                 good_before=first - 1,  # the weights after that step are what this began with
             )
 
-    def write(self, done: int, **values: Any) -> None:
+    def write(self, step: int, **values: Any) -> None:
         """A line of the log; where it finds no room, that is told once."""
         if self._metrics is not None:
-            self._metrics.write(done, values)
+            self._metrics.write(step, values)
             failure = self._metrics.failure or self._metrics.events_failure
             if failure is not None and not self._metrics_failing:
-                self._progress.note(f"step {done}: {failure}")
+                self._progress.note(f"step {step}: {failure}")
             self._metrics_failing = failure is not None

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ijepa.config import Recipe
+from ijepa.cost.memory import count_parameters, state_bytes
 from ijepa.counter_rng import derive_keys, random_bits
 from ijepa.data import build_source, load_batch
 from ijepa.data.batch import batch_labels
@@ -44,6 +45,18 @@ def compiles(recipe: Recipe, device: torch.device) -> bool | Literal["blocks"]:
     if recipe.train.compile == "auto":
         return device.type == "cuda"
     return "blocks" if recipe.train.compile == "blocks" else recipe.train.compile == "on"
+
+
+def chosen_parallel(recipe: Recipe, device: torch.device) -> Literal["ddp", "fsdp", "hsdp"]:
+    """How ranks share the model: replicas as long as they leave half of a GPU to activations."""
+    if recipe.train.parallel != "auto":
+        return recipe.train.parallel
+    if device.type != "cuda":
+        return "ddp"
+    state = state_bytes(count_parameters(recipe.model), recipe.train.precision)
+    if 2 * state <= torch.cuda.get_device_properties(device).total_memory:
+        return "ddp"
+    return "hsdp" if distributed.machines() > 1 else "fsdp"
 
 
 def build_model(recipe: Recipe) -> IJEPA:
@@ -96,8 +109,13 @@ def labelled_images(recipe: Recipe, source: ImageSource, progress: bool) -> Labe
         train_labels = {task: values[held_out:] for task, values in labels.items()}
         test_labels = {task: values[:held_out] for task, values in labels.items()}
         return LabelledImages(parts[0], train_labels, parts[1], test_labels)
-    test = _build(recipe, held_out, _HELD_OUT_SET, progress)
+    test = held_out_source(recipe, progress)
     return LabelledImages(*load_subset(source, view, fitted), *load_subset(test, view, held_out))
+
+
+def held_out_source(recipe: Recipe, progress: bool) -> ImageSource:
+    """Rendered images that no run is trained on, as many as the recipe keeps for its probes."""
+    return _build(recipe, recipe.data.num_held_out, _HELD_OUT_SET, progress)
 
 
 def _build(recipe: Recipe, num_images: int, seed: int, progress: bool) -> ImageSource:

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-from torch.distributed import Store
+from torch.distributed import DistError, Store
 
 _SECONDS_TO_SHOW = 3.0  # a killed process closes its connections before it is gone
 STOPPED = "stopped"
@@ -47,14 +47,16 @@ class RankRegister:
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
-        """Around a collective operation.
+        """Around what holds a collective operation, alone or among others as a backward pass does.
 
         Raises:
-            RankLost: the operation failed.
+            RankLost: the operation failed. Errors of the others go through.
         """
         try:
             yield
         except RuntimeError as error:
+            if not _of_a_connection(error):
+                raise
             raise self._explained(error) from error
 
     def _explained(self, error: RuntimeError) -> RankLost:
@@ -89,6 +91,12 @@ class RankRegister:
             if left or gone or time.monotonic() > deadline:
                 return left, gone
             time.sleep(0.05)
+
+
+def _of_a_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo has no error of its own, but its messages name it."""
+    words = ("gloo", "nccl", "connection", "socket", "broken pipe")
+    return isinstance(error, DistError) or any(word in str(error).lower() for word in words)
 
 
 def _runs(pid: int) -> bool:

@@ -73,9 +73,11 @@ def compute_targets_in_float8(model: IJEPA, optimizer: AdamWEMA) -> None:
         ValueError: sizes or a GPU that float8 products do not take.
     """
     layers = [m for m in model.target_encoder.blocks.modules() if isinstance(m, Linear)]
+    copies = []
     for layer in layers:
         layer.float8 = Float8Rows.empty_like(layer.weight)
-    optimizer.add_float8_copies([(layer.weight, layer.float8) for layer in layers])
+        copies.append((layer.weight, layer.float8))
+    optimizer.add_float8_copies(copies)
     model.float8_targets = True
 
 

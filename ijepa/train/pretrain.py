@@ -51,6 +51,7 @@ def pretrain(
         run = Run(recipe, checkpoint, device, console if distributed.is_main() else None)
         try:
             finished = train(run)
+            run.saving.finish()
             if finished:
                 conclude(run)
             run.check_written()
@@ -91,11 +92,12 @@ def train(run: Run) -> bool:
         StopSignals(run.saving.latest, speaks=distributed.is_main()) as stop,
         StoppableWait(lambda: stop.requested) as wait,
     ):
-        run.trainer.give_up = lambda: stop.waited(PATIENCE)
+        if not run.trainer.sharded:  # to save, the ranks of shards have to stop at one step
+            run.trainer.give_up = lambda: stop.waited(PATIENCE)
         try:
             if run.first_step == 0 and monitor.every:
                 with wait.stoppable():
-                    run.panel.look(0)
+                    run.look(0)
             run.progress.begin()
             for done, images, masks in wait.over(run.batches()):
                 with run.first(f"First step, of {train.batch_size:,} images", done):
@@ -105,7 +107,7 @@ def train(run: Run) -> bool:
 
                 if due(monitor.every, done, train.num_steps):
                     with wait.stoppable():
-                        run.panel.look(done)
+                        run.look(done)
                 stopping = vote.any(stop.requested)
                 if stopping or run.saving.due(done):
                     run.figures.observe(late)  # a checkpoint's steps are in the log
@@ -117,7 +119,10 @@ def train(run: Run) -> bool:
         except (StoppedWaiting, StepGivenUp):
             distributed.leave(STOPPED)
             run.figures.observe(late)
-            run.saving.save(run.trainer.step_index)
+            if run.trainer.sharded:
+                run.saving.tell_unsaved(run.trainer.step_index)
+            else:
+                run.saving.save(run.trainer.step_index)
             return False
         except Exception as error:
             run.rescue(late)

@@ -16,7 +16,6 @@ from ijepa.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     read_metadata,
-    verify_checkpoint,
 )
 
 # What may differ when a run is resumed: nothing of it changes the weights that come out, except
@@ -27,11 +26,13 @@ RESUMABLE = (
     "train.steps",
     "train.device",
     "train.accumulate",
+    "train.parallel",
     "train.checkpoint_every",
     "train.log_every",
     "train.tensorboard",
     "monitor.every",
     "monitor.images",
+    "monitor.online_images",
     "monitor.evaluate",
     "monitor.probe_images",
 )
@@ -63,7 +64,7 @@ def _intact_beside(path: Path) -> Iterator[Path]:
         root = path.parent
     for folder in reversed(checkpoint_folders(root)):
         try:
-            verify_checkpoint(folder)
+            load_checkpoint(folder)
         except CheckpointError:
             continue
         yield folder
@@ -116,8 +117,8 @@ def check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
     images = checkpoint.metadata.get("data", {}).get("images")
     if images is not None:
         recipe = recipe.in_steps(images)
-    before = _flat(saved_recipe(checkpoint, None))
-    for key, value in _flat(recipe).items():
+    before = by_name(saved_recipe(checkpoint, None))
+    for key, value in by_name(recipe).items():
         if value != before[key] and key not in RESUMABLE:
             raise ValueError(
                 f"{key} is {before[key]} in the run of {folder} and cannot become {value}: that "
@@ -125,7 +126,7 @@ def check_resumable(checkpoint: Checkpoint, recipe: Recipe) -> None:
             )
 
 
-def _flat(recipe: Recipe) -> dict[str, object]:
+def by_name(recipe: Recipe) -> dict[str, object]:
     """Settings by dotted name."""
     return {
         f"{table}.{key}": value

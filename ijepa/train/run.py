@@ -22,12 +22,25 @@ from ijepa.train import distributed, from_recipe
 from ijepa.train.checkpoint import Checkpoint
 from ijepa.train.divergence import TooManySkips, WeightsNotFinite
 from ijepa.train.figures import Figures
+from ijepa.train.online import OnlineProbes
 from ijepa.train.panel import RunPanel
 from ijepa.train.prefetch import copied_beside
-from ijepa.train.resume import check_resumable, run_folder_of
+from ijepa.train.resume import by_name, check_resumable, run_folder_of
 from ijepa.train.run_folder import RunFolder
 from ijepa.train.saving import Saving, restore
 from ijepa.train.trainer import LateResult, Trainer
+
+# What may differ between machines: where things are there.
+_OF_EACH_RANK = ("data.path", "data.workers", "train.output")
+
+
+def _of_all_ranks(recipe: Recipe, checkpoint: Checkpoint | None) -> dict[str, object]:
+    """What a rank must have in common with the others, by name."""
+    settings = {key: value for key, value in by_name(recipe).items() if key not in _OF_EACH_RANK}
+    if checkpoint is not None:
+        settings["the checkpoint's step"] = checkpoint.step
+        settings["the checkpoint's checksum"] = checkpoint.metadata.get("checksum")
+    return settings
 
 
 class Run:
@@ -57,6 +70,7 @@ class Run:
         console: Console | None,
     ):
         self.device, self.console = device, console
+        distributed.require_same(_of_all_ranks(recipe, checkpoint))
         folder = None
         if checkpoint is not None:
             check_resumable(checkpoint, recipe)
@@ -72,6 +86,7 @@ class Run:
         self.recipe = recipe = recipe.in_steps(len(source))
         self.source = source
         data_id = {"source": recipe.data.source, **from_recipe.data_fingerprint(source)}
+        distributed.require_same({f"the data's {key}": value for key, value in data_id.items()})
         self.model = from_recipe.build_model(recipe).to(device)
         compiled = from_recipe.compiles(recipe, device)
         if compiled and device.type == "cpu":  # one traced graph a shape
@@ -84,12 +99,12 @@ class Run:
             target_precision=recipe.train.target_precision,
             compile=compiled,
             cuda_graph=recipe.train.cuda_graph,
+            parallel=from_recipe.chosen_parallel(recipe, device),
         )
         self.first_step, self._seconds_before = 0, 0.0
         if checkpoint is not None:
             restore(
                 checkpoint,
-                self.model,
                 self.trainer,
                 data_id=data_id,
                 last_step=recipe.train.num_steps,
@@ -131,16 +146,18 @@ class Run:
                     self.folder.path, self.first_step, recipe.train.tensorboard
                 )
         except BaseException:
-            self.close()
+            self._close_folder()
             raise
         self.figures = Figures(recipe, self.trainer, self.progress, self._metrics)
         self.panel = RunPanel(
             recipe,
             source,
-            self.model,
             figures=self.figures,
             progress=self.progress,
             console=console,
+        )
+        self._online = OnlineProbes(
+            recipe, source, figures=self.figures, progress=self.progress
         )
         self.saving = Saving(
             recipe,
@@ -159,9 +176,24 @@ class Run:
             self.progress.note(f"{len(self.source):,} images in {self.recipe.data.path}")
         if self.left_out:
             named = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-            self.progress.note(f"Left out, being no files: {len(self.left_out)} ({named})")
+            self.progress.note(f"Left out, being no readable files: {len(self.left_out)} ({named})")
         if self.recipe.monitor.every and len(self.source) < 2:
             self.progress.note("No collapse panel: it compares images, and there is one alone")
+
+    def look(self, done: int) -> None:
+        """Panel and online probes after `done` steps; the best weights so far are kept.
+
+        By the first rank; all have to ask, for a sharded model is put together.
+        """
+        self.saving.finish()
+        model = self.trainer.whole_model(distributed.is_main())
+        if model is None or not distributed.is_main():
+            return
+        panel = self.panel.look(done, model)
+        score = self._online.look(done, panel, model)
+        if score is not None and done > 0:
+            weights = model.state_dict() if self.trainer.sharded else self.trainer.weights()
+            self.saving.keep_if_best(done, score, weights)
 
     def first(self, what: str, done: int) -> contextlib.AbstractContextManager[None]:
         """Around the first step of this process: says what goes on where it takes a while."""
@@ -197,7 +229,9 @@ class Run:
             return
         with contextlib.suppress(TooManySkips, WeightsNotFinite):  # the failure may be one of them
             self.figures.observe(late)
-            if not self.trainer.consecutive_skips:
+            if self.trainer.sharded:
+                self.saving.tell_unsaved(done)
+            elif not self.trainer.consecutive_skips:
                 self.saving.save(done)
 
     def check_written(self) -> None:
@@ -215,6 +249,10 @@ class Run:
 
     def close(self) -> None:
         """Close the files and let others train into the folder; without a step it goes away."""
+        self.saving.close()
         if self._metrics is not None:
             self._metrics.close()
+        self._close_folder()
+
+    def _close_folder(self) -> None:
         self.folder.close(nothing_done=self.trainer.step_index == 0)

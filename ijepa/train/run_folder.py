@@ -40,10 +40,16 @@ class RunFolder:
         was_there = recipe.train.output is not None and Path(recipe.train.output).exists()
         folder = cls(Path(distributed.on_main(lambda: str(new_run_folder(recipe)))))
         folder._begun_here, folder._was_there = True, was_there
-        if distributed.is_main():
-            check_unused(folder.path)  # again: somebody else's run may have ended since
-            write_whole(folder.path / RECIPE, _settings(recipe))
+        try:
+            distributed.on_main(lambda: folder._begin(recipe))
+        except BaseException:
+            folder.close(nothing_done=True)
+            raise
         return folder
+
+    def _begin(self, recipe: Recipe) -> None:
+        check_unused(self.path)  # again: somebody else's run may have ended since
+        write_whole(self.path / RECIPE, _settings(recipe))
 
     def _take_lock(self) -> None:
         self._lock = RunLock(self.path)
@@ -97,6 +103,7 @@ def new_run_folder(recipe: Recipe) -> Path:
     if recipe.train.output is not None:
         folder = Path(recipe.train.output)
         check_unused(folder)
+        _check_nothing_is_overwritten(folder)
         images = recipe.data.path
         if images is not None and folder.resolve() == Path(images).expanduser().resolve():
             raise ValueError(
@@ -115,6 +122,11 @@ def new_run_folder(recipe: Recipe) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be made in {Path.cwd()}: {error.strerror}; give another folder "
+                "by --train.output"
+            ) from None
         else:
             return folder
 
@@ -125,6 +137,18 @@ def check_unused(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds a run already: continue it with `{resume_command(folder)}`"
             " or choose another train.output"
+        )
+
+
+def _check_nothing_is_overwritten(folder: Path) -> None:
+    """Raise ValueError where files of a run's names lie in the folder that no run has written: a
+    run that began there has left its lock."""
+    names = (RECIPE, METRICS, "summary.md", "masks.png", "curves.png", "tensorboard")
+    found = [name for name in names if (folder / name).exists()]
+    if found and not (folder / LOCK).exists():
+        raise ValueError(
+            f"train.output {folder} holds {', '.join(found)} from somewhere else, which the run "
+            "would write over: choose another folder"
         )
 
 

@@ -6,26 +6,30 @@ The step never waits for the device: what it returns are 0-d tensors, to be read
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ijepa.config import OptimConfig, ScheduleConfig
 from ijepa.masks.batch import MaskBatch
 from ijepa.masks.layout import layout_of
 from ijepa.model import IJEPA
 from ijepa.train.cuda_graph import CapturedStep
-from ijepa.train.distributed import sum_gradients, sum_over_ranks, world_size
+from ijepa.train.distributed import collective, sum_over_ranks, world_size
 from ijepa.train.optim import (
     apply_schedule,
     compute_targets_in_float8,
     make_optimizer,
     optimizer_of_rounded_weights,
 )
+from ijepa.train.parallel.alone import Alone
+from ijepa.train.parallel.replicated import Replicated
+from ijepa.train.parallel.sharded import Sharded, gathered, is_sharded, shard, shard_like
 from ijepa.train.schedules import schedule_at
 from ijepa.vit import Block
 
@@ -88,9 +92,14 @@ class Trainer:
         compile: trace the forward and backward passes with torch.compile, once for each layout of
             the masks (at most four with planned capacities). "blocks" traces the transformer
             blocks alone, one graph for all of a network: seconds instead of minutes for a deep
-            model, and a little more memory traffic from block to block.
+            model, and a little more memory traffic from block to block. Several ranks always trace
+            the blocks alone: one backward pass for everything would leave the gradients to travel
+            when it is over.
         cuda_graph: replay whole steps as CUDA graphs (`ijepa.train.cuda_graph`); for one process,
             and for steps of one micro-batch. Gradients are then no longer to be found in `.grad`.
+        parallel: what several ranks do, nothing in a single process: "ddp" holds the model on each,
+            "fsdp" turns its weights into shards, "hsdp" into shards within a machine and replicas
+            over machines (`ijepa.train.parallel`).
 
     Attributes:
         step_index: steps taken, skipped ones included; the schedules follow it.
@@ -112,7 +121,10 @@ class Trainer:
         target_precision: str = "same",
         compile: bool | Literal["blocks"] = False,
         cuda_graph: bool = False,
+        parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp",
     ):
+        if parallel not in ("ddp", "fsdp", "hsdp"):
+            raise ValueError(f"parallel must be 'ddp', 'fsdp' or 'hsdp', got {parallel!r}")
         if precision not in ("fp32", "bf16", "bf16-params"):
             raise ValueError(
                 f"precision must be 'fp32', 'bf16' or 'bf16-params', got {precision!r}"
@@ -132,8 +144,11 @@ class Trainer:
             )
         self.model = model
         self.schedule = schedule_config
-        self.autocast = precision == "bf16"
-        if precision == "bf16-params":
+        sharded = world_size() > 1 and parallel != "ddp"
+        if sharded:
+            shard(model, hybrid=parallel == "hsdp", rounded=precision != "fp32")
+        self.autocast = precision == "bf16" and not sharded
+        if precision == "bf16-params" and not sharded:
             self.optimizer = optimizer_of_rounded_weights(model, optim_config)
         else:
             self.optimizer = make_optimizer(model, optim_config)
@@ -148,14 +163,20 @@ class Trainer:
                 "cuda_graph needs a model on a CUDA device and a single process, got one on"
                 f" {device.type} in {world_size()}: leave train.cuda_graph out"
             )
-        self._loss: Callable[..., Tensor] = model
+        loss: Callable[..., Tensor] = model
         self.compilations: dict[tuple, float] = {}
         self._compiles = bool(compile)
-        if compile == "blocks":
+        if compile and world_size() > 1:
+            _compile_blocks_of_ranks(model)
+        elif compile == "blocks":
             _compile_blocks(model)
         elif compile:
             # a function of its own: the model stays as it is, state-dict names included
-            self._loss = torch.compile(model.forward, fullgraph=True, dynamic=False)
+            loss = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        if world_size() == 1:
+            self._gradients: Alone | Replicated | Sharded = Alone(model, loss)
+        else:
+            self._gradients = Sharded(model, loss) if sharded else Replicated(model, loss)
         self._replayed = None
         if cuda_graph:
             self._replayed = CapturedStep(
@@ -209,18 +230,11 @@ class Trainer:
     def _update(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
         """Gradients and the optimiser's step; the loss, 0-d."""
         self.optimizer.zero_grad(set_to_none=True)
-        if len(images) > 1:
-            self._sum_gradients_in_float32()
         loss = self._accumulate(images, masks)
         self.updating = True
-        self.optimizer.step(loss=loss)
+        with collective():  # shards have to agree on the norm
+            self.optimizer.step(loss=loss)
         return loss
-
-    def _sum_gradients_in_float32(self) -> None:
-        """Bfloat16 weights get float32 gradients, so that micro-batches add up without rounding."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                parameter.grad_dtype = torch.float32
 
     def _accumulate(self, images: list[Tensor], masks: list[MaskBatch]) -> Tensor:
         """Gradients of the mean over the step's elements, on all ranks; returns that mean, 0-d."""
@@ -230,21 +244,83 @@ class Trainer:
         for number, (part, part_masks) in enumerate(zip(images, masks, strict=True)):
             if number and self.give_up():
                 raise StepGivenUp
-            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = self._loss(part, part_masks, denominator)
-            loss.backward()
+            with self._gradients.micro_batch(number, len(images)):
+                with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
+                    loss = self._gradients.loss(part, part_masks, denominator)
+                loss.backward()
             total = total + loss.detach()
-        sum_gradients(self.model.parameters())
+        self._gradients.finish()
         return sum_over_ranks(total)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every rank holds shards alone, so that saving takes all of them."""
+        return is_sharded(self.model)
+
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict, with float32 masters in the place of rounded weights."""
+        """The model's state dict, with float32 masters in the place of rounded weights.
+
+        Of a sharded model they are DTensors.
+        """
         return {
             name: tensor.detach()
             if tensor.dtype != torch.bfloat16
             else self.optimizer.master(tensor).detach()
             for name, tensor in self.model.state_dict(keep_vars=True).items()
         }
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of `weights`, whichever way the model is shared: whole tensors by name.
+
+        Raises:
+            RuntimeError: names or shapes that are not the model's.
+        """
+        own = self.model.state_dict(keep_vars=True)
+        for name, tensor in own.items():
+            if name in weights and weights[name].shape != tensor.shape:
+                raise RuntimeError(
+                    f"{name} has shape {tuple(weights[name].shape)} there and "
+                    f"{tuple(tensor.shape)} here"
+                )
+        parts = {
+            name: shard_like(value, own[name]) if name in own else value
+            for name, value in weights.items()
+        }
+        self.model.load_state_dict(parts)
+        for name, tensor in own.items():
+            if tensor.dtype == torch.bfloat16:
+                self.optimizer.master(tensor).copy_(weights[name])
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """Copies of the float32 values of rounded weights."""
+        tensors = self.model.state_dict(keep_vars=True).values()
+        rounded = [tensor for tensor in tensors if tensor.dtype == torch.bfloat16]
+        return {tensor: self.optimizer.master(tensor).detach().clone() for tensor in rounded}
+
+    @torch.no_grad()
+    def whole_model(self, wanted: bool) -> IJEPA | None:
+        """The model to look at from outside of a step: itself, or a whole copy of a sharded one.
+
+        All ranks of a sharded model have to call it together.
+
+        Args:
+            wanted: whether this rank will look; others get None for a sharded model.
+        """
+        if not self.sharded:
+            return self.model
+        copy = None
+        if wanted:
+            device = self.total_skips.device
+            with torch.random.fork_rng(), device:
+                copy = IJEPA(self.model.config)
+        own = {} if copy is None else copy.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            with collective():
+                whole = gathered(tensor)
+            if name in own:
+                own[name].copy_(whole)
+        return copy
 
     def state_dict(self) -> dict:
         """Optimiser state, step and counters; the model's weights are not in it."""
@@ -264,7 +340,12 @@ class Trainer:
         expected = {"optimizer", "step_index", "total_skips", "consecutive_skips"}
         if set(state) != expected:
             raise ValueError(f"trainer state must hold {sorted(expected)}, got {sorted(state)}")
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A sharded run's weights are its masters, which is what `load_weights` has left here.
+        masters = {} if _holds_masters(state["optimizer"]) else self._masters()
+        self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
+        with torch.no_grad():
+            for tensor, master in masters.items():
+                self.optimizer.master(tensor).copy_(master)
         self.optimizer.refresh_float8_copies()
         if self._replayed is not None:
             self._replayed.forget()
@@ -284,3 +365,37 @@ def _compile_blocks(model: IJEPA) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(fullgraph=True, dynamic=False)
+
+
+def _compile_blocks_of_ranks(model: IJEPA) -> None:
+    """As `_compile_blocks`, with the hooks that gather weights left outside of the traced code.
+
+    A block is one unit of gradients already: it need not be cut at DDP's buckets.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.optimize_ddp = False
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.forward = torch.compile(  # type: ignore[method-assign]
+                module.forward, fullgraph=True, dynamic=False
+            )
+
+
+def _holds_masters(state: dict) -> bool:
+    return any("master" in entry for entry in state["state"].values())
+
+
+def _placed(state: dict, optimizer: Optimizer) -> dict:
+    """An optimiser's state, whole tensors replaced by shards where its parameters are sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    if len(parameters) != len(numbers):
+        return state  # refused by load_state_dict, which says how
+    placed = dict(state["state"])
+    for parameter, number in zip(parameters, numbers, strict=True):
+        if number in placed:
+            placed[number] = {
+                name: shard_like(value, parameter) if value.ndim else value
+                for name, value in placed[number].items()
+            }
+    return state | {"state": placed}

@@ -1,4 +1,4 @@
-"""curves.png: loss, learning rate, collapse panel and mask examples of a run.
+"""curves.png: loss, learning rate, the panel's figures and mask examples of a run.
 
 Needs matplotlib (extra `plots`).
 """
@@ -44,21 +44,25 @@ def plot_curves(
         "ytick.color": _MUTED,
     }
     with rc_context(style):
-        figure = Figure(figsize=(12, 9.6 if mask_examples is not None else 6))
-        figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+        figure = Figure(figsize=(12, 12.4 if mask_examples is not None else 8.8))
+        title_style = {"fontsize": 14, "fontweight": "bold", "parse_math": False}  # $ is no formula
+        figure.suptitle(title, x=0.01, ha="left", **title_style)
         figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
-        ratios = [1, 1, 1.55] if mask_examples is not None else [1, 1]
+        ratios = [1, 1, 1, 1.55] if mask_examples is not None else [1, 1, 1]
         grid = figure.add_gridspec(len(ratios), 3, height_ratios=ratios)
-        axes = [figure.add_subplot(grid[row, column]) for row in (0, 1) for column in (0, 1, 2)]
+        axes = [figure.add_subplot(grid[row, column]) for row in (0, 1, 2) for column in (0, 1, 2)]
         _draw_loss(axes[0], metrics)
         _draw_line(axes[1], metrics, "lr", "learning rate", _ORANGE)
         axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         _draw_line(axes[2], metrics, "grad_norm", "gradient norm", _MUTED, smooth=True)
-        _draw_line(axes[3], metrics, "effective_rank", "effective rank (RankMe)", _PURPLE, "o")
+        _draw_ranks(axes[3], metrics)
         _draw_spread(axes[4], metrics)
         _draw_knn(axes[5], metrics)
+        _draw_r2(axes[6], metrics)
+        _draw_shares(axes[7], metrics)
+        _draw_line(axes[8], metrics, "encoder_grad_norm", "encoder's gradient norm", _ORANGE, "o")
         if mask_examples is not None:
-            _draw_masks(figure.add_subplot(grid[2, :]), mask_examples)
+            _draw_masks(figure.add_subplot(grid[3, :]), mask_examples)
         figure.savefig(path, dpi=110, facecolor="white", metadata={"Title": title})
 
 
@@ -107,17 +111,52 @@ def _draw_loss(axis, metrics) -> None:
         axis.set_ylim(0, 1.25 * np.quantile(values[len(values) // 20 :], 0.995))
 
 
-def _draw_spread(axis, metrics) -> None:
-    _prepare(axis, "target features over images")
-    for name, label, color in (
-        ("cosine", "mean cosine", _ORANGE),
-        ("feature_std", "mean std", _GREEN),
-        ("lowest_std", "lowest std", _MUTED),
-    ):
+def _draw_several(axis, metrics, title: str, lines: Sequence[tuple[str, str, str]]) -> None:
+    """Figures of the panel on one axis: (name, label, color) each."""
+    _prepare(axis, title)
+    for name, label, color in lines:
         steps, values = _series(metrics, name)
         axis.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_ranks(axis, metrics) -> None:
+    lines = (
+        ("effective_rank", "as they are", _PURPLE),
+        ("centred_rank", "less their mean", _BLUE),
+    )
+    _draw_several(axis, metrics, "effective rank (RankMe)", lines)
+
+
+def _draw_spread(axis, metrics) -> None:
+    lines = (
+        ("cosine", "mean cosine", _ORANGE),
+        ("feature_std", "mean std", _GREEN),
+        ("lowest_std", "lowest std", _MUTED),
+    )
+    _draw_several(axis, metrics, "target features over images", lines)
+
+
+def _draw_shares(axis, metrics) -> None:
+    lines = (
+        ("position_share", "position", _ORANGE),
+        ("image_share", "image", _PURPLE),
+        ("interaction_share", "this patch of this image", _GREEN),
+    )
+    _draw_several(axis, metrics, "shares of the targets' variance", lines)
+    axis.set_ylim(0, 1)
+
+
+def _draw_r2(axis, metrics) -> None:
+    """An untrained predictor lies far below 0, which would flatten the rest."""
+    _prepare(axis, "predicted beyond the position's mean (R2)")
+    steps, values = _series(metrics, "r2")
+    if not len(values):
+        return
+    axis.plot(steps, values, color=_BLUE, linewidth=1.8, marker="o", markersize=4)
+    axis.axhline(0, color=_MUTED, linewidth=1, linestyle="--")
+    axis.set_ylim(-0.1, max(1.15 * values.max(), 0.1))
 
 
 def _draw_knn(axis, metrics) -> None:

@@ -15,10 +15,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import triton
-from triton import knobs
-from triton.runtime.cache import FileCacheManager
-
 VARIABLE = "MASKED_VIT_KERNELS_CACHE"
 VERSION_FILE = "triton-version.txt"  # in a bundle, the Triton that compiled it
 
@@ -29,6 +25,9 @@ def use_bundle(folder: str | Path) -> None:
     Raises:
         ValueError: no bundle lies there, or another version of Triton compiled it.
     """
+    import triton  # here, so that the CPU path is imported where there is none
+    from triton import knobs
+
     folder = Path(folder).resolve()
     version = folder / VERSION_FILE
     if not version.exists():
@@ -65,6 +64,8 @@ def bundled_files(folder: Path, key: str, metadata_name: str) -> dict[str, str] 
 
 def _reading_first(folder: Path, base: Any) -> type:
     """A cache manager that asks the bundle before `base`, and never writes to it."""
+
+    from triton.runtime.cache import FileCacheManager
 
     class BundleCacheManager(base or FileCacheManager):  # type: ignore[misc]
         def __init__(self, key: str, override: bool = False, dump: bool = False):

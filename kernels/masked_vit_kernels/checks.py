@@ -10,8 +10,22 @@ from torch import Tensor
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError unless `x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None], pattern: str) -> None:
-    """Raise ValueError unless `x` has `shape`; None matches any size. `pattern` is for the text."""
+    """Raise ValueError unless the tensor `x` has `shape`; None matches any size.
+
+    Args:
+        pattern: what the text says of the shape.
+
+    Raises:
+        TypeError: no tensor.
+    """
+    check_tensor(name, x)
     fits = x.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(x.shape, shape, strict=True)
     )
@@ -27,8 +41,15 @@ def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = TRITON_DT
 
 
 def check_same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless every given tensor lies on the device of the first."""
+    """Raise ValueError unless every given tensor lies on the device of the first.
+
+    Raises:
+        TypeError: something is no tensor.
+    """
+    check_tensor(first_name, first)
     for name, other in others.items():
+        if other is not None:
+            check_tensor(name, other)
         if other is not None and other.device != first.device:
             raise ValueError(
                 f"{name} must be on {first.device} like {first_name}, got {other.device}"

@@ -113,7 +113,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    fits = x.dtype == weight.dtype and x.shape[1] == weight.shape[1]  # else F.linear's error
+    # else F.linear's error
+    fits = x.dtype == weight.dtype and x.shape[1:] == weight.shape[1:] != (0,)
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
     if not fits or x.dtype not in ONEDNN_DTYPES or x.shape[0] == 0:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)

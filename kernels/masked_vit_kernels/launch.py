@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from masked_vit_kernels.bundle import use_bundle_of_environment
+from masked_vit_kernels.kernel_language import triton
 
 # Triton decides at import whether kernels are interpreted.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -95,6 +95,28 @@ class PredictorPacking(Packing):
     target_rows: Tensor = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class PrefixPacking(Packing):
+    """Sequences that begin with P tokens of their own, class or registers, before packed ones.
+
+    Attributes:
+        source_rows: (capacity,) int64, the packed row that each row holds; -1 on prefixes and on
+            padding.
+        token_rows: (the packed tokens' capacity,) int64, the row of each packed token; -1 on
+            padding.
+        prefix_rows: (S * P,) int64, the rows of the first sequence's prefix, of the second's, ...
+    """
+
+    source_rows: Tensor = None  # type: ignore[assignment]
+    token_rows: Tensor = None  # type: ignore[assignment]
+    prefix_rows: Tensor = None  # type: ignore[assignment]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, a constant of the run."""
+        return self.prefix_rows.shape[0] // max(self.num_sequences, 1)
+
+
 def pack_lengths(
     lengths: Sequence[int] | np.ndarray,
     *,
@@ -179,8 +201,11 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
         capacity: rows of the packed tensors; rows from `cu_seqlens[-1]` on are padding.
 
     Raises:
-        ValueError: cu_seqlens of another shape or dtype.
+        ValueError: cu_seqlens of another shape or dtype; on the CPU also bounds that decrease, do
+            not start at 0 or leave `capacity`, and lengths over `max_seqlen`.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
@@ -191,6 +216,8 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
     sequence_ids = torch.where(rows < cu_seqlens[-1], sequence_ids, -1).to(torch.int32)
 
     lengths = cu_seqlens.diff()
+    if cu_seqlens.is_cpu and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
+        _check_bounds(cu_seqlens.tolist(), lengths.tolist(), max_seqlen, capacity)
     order = torch.argsort(lengths, descending=True, stable=True)
     return Packing(
         cu_seqlens=cu_seqlens,
@@ -202,6 +229,18 @@ def packing_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, capacity: int) 
         capacity=capacity,
         unique=False,
     )
+
+
+def _check_bounds(
+    bounds: list[int], lengths: list[int], max_seqlen: int, capacity: int
+) -> None:
+    """Raise ValueError for what `packing_from_cu_seqlens` must not be given."""
+    if bounds[0] != 0 or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {bounds[:8]}")
+    if bounds[-1] > capacity:
+        raise ValueError(f"{bounds[-1]} tokens do not fit capacity={capacity}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"a sequence has {max(lengths)} tokens, over max_seqlen={max_seqlen}")
 
 
 def _device_tile_map(lengths: Tensor, order: Tensor, capacity: int, rows: int) -> Tensor:
@@ -267,6 +306,46 @@ def pack_predictor(
         ),
         context_copies=torch.from_numpy(context_copies),
         target_rows=torch.from_numpy(_runs(mask_token_starts, target_lengths, target.capacity)),
+    )
+
+
+def pack_prefix(packing: Packing, num_prefix_tokens: int) -> PrefixPacking:
+    """Describe the sequences of `packing` with class or register tokens before each, on the host.
+
+    Args:
+        packing: S sequences of packed tokens; a sequence without any gets its prefix, too.
+        num_prefix_tokens: P.
+
+    Raises:
+        ValueError: a negative number of tokens, a packing that is not on the host.
+    """
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens}")
+    if not packing.cu_seqlens.is_cpu:
+        raise ValueError(
+            f"a packing is extended on the host, got one on {packing.cu_seqlens.device}: extend it "
+            "first and move it then"
+        )
+    token_starts = packing.cu_seqlens.numpy().astype(np.int64)
+    lengths, count = np.diff(token_starts), packing.num_sequences
+    extended = pack_lengths(
+        lengths + num_prefix_tokens,
+        max_seqlen=packing.max_seqlen + num_prefix_tokens,
+        capacity=packing.capacity + count * num_prefix_tokens,
+        unique=packing.unique,
+    )
+    starts = extended.cu_seqlens.numpy()[:-1].astype(np.int64)
+    source_rows = np.full(extended.capacity, -1, dtype=np.int64)
+    token_rows = _runs(starts + num_prefix_tokens, lengths, packing.capacity)
+    total = int(token_starts[-1])
+    source_rows[token_rows[:total]] = np.arange(total)
+    prefix_rows = (starts[:, None] + np.arange(num_prefix_tokens)).reshape(-1)
+    fields = {field.name: getattr(extended, field.name) for field in dataclasses.fields(extended)}
+    return PrefixPacking(
+        **fields,
+        source_rows=torch.from_numpy(source_rows),
+        token_rows=torch.from_numpy(token_rows),
+        prefix_rows=torch.from_numpy(prefix_rows),
     )
 
 

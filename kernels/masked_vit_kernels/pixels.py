@@ -33,12 +33,17 @@ def _per_channel(values: Sequence[float] | Tensor, pixels: Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=pixels.dtype, device=pixels.device).reshape(-1, 1, 1)
 
 
-def extract_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+def extract_patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
     """(B, C, H, W) -> (B, N, C * ph * pw) in the images' dtype.
 
     Patches come in raster order, the pixels of each in the order (C, ph, pw): that of a weight
-    (D, C, ph, pw) flattened. H and W are multiples of ph and pw.
+    (D, C, ph, pw) flattened. H and W are multiples of ph and pw. Clips (B, C, F, H, W) are cut
+    into tubelets (pt, ph, pw), in the order (time, row, column).
     """
+    if len(patch_size) == 3:
+        pt, ph, pw = patch_size
+        frames = images.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
+        return frames.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
     ph, pw = patch_size
     by_patch = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (B, C, rows, ph, columns, pw)
     return by_patch.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

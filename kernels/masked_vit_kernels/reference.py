@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from masked_vit_kernels.packing import Packing, PredictorPacking
+from masked_vit_kernels.packing import Packing, PredictorPacking, PrefixPacking
 
-TARGET_LAYER_NORM_EPS = 1e-5  # F.layer_norm's default, used by the released code on the targets
+# F.layer_norm's default, used by the released code on the targets; of instance norm here too.
+TARGET_LAYER_NORM_EPS = 1e-5
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -82,20 +83,55 @@ def scatter_tokens(
     )
 
 
+def prepend_tokens(x: Tensor, prefix: Tensor, packing: PrefixPacking) -> Tensor:
+    """P tokens of `prefix` (P, D), (1, P, D) or (S, P, D) before each sequence of x (T, D)."""
+    count, parts, first = packing.num_prefix_tokens, [], 0
+    spread = prefix.to(x.dtype).expand(packing.num_sequences, count, x.shape[1])
+    for s, (start, end) in enumerate(pairwise(packing.cu_seqlens.tolist())):
+        length = end - start - count
+        parts += [spread[s], x[first : first + length]]
+        first += length
+    padding = packing.capacity - int(packing.cu_seqlens[-1])
+    return torch.cat([*parts, x.new_zeros(padding, x.shape[1])])
+
+
+def split_prefix(x: Tensor, packing: PrefixPacking) -> tuple[Tensor, Tensor]:
+    """The inverse: prefix (S, P, D) and tokens (T, D)."""
+    count, bounds = packing.num_prefix_tokens, list(pairwise(packing.cu_seqlens.tolist()))
+    tokens = [x[start + count : end] for start, end in bounds]
+    capacity = packing.token_rows.shape[0]
+    padding = capacity - sum(len(part) for part in tokens)
+    prefix = torch.stack([x[start : start + count] for start, _ in bounds])
+    return prefix, torch.cat([*tokens, x.new_zeros(padding, x.shape[1])])
+
+
 def normalize_images(
     images: Tensor, mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None
 ) -> Tensor:
     """uint8 pixels become x / 255; then (x - mean) / std per channel where those are given."""
     x = images.float() / 255.0 if images.dtype == torch.uint8 else _wide(images)
     if mean is not None:
-        x = x - torch.as_tensor(mean, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        x = x - torch.as_tensor(mean, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
     if std is not None:
-        x = x / torch.as_tensor(std, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        x = x / torch.as_tensor(std, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
     return x
 
 
-def extract_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, C, Hi, Wi) -> (B, N, C * ph * pw) patches in raster order, each in (C, ph, pw) order."""
+def extract_patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """(B, C, Hi, Wi) -> (B, N, C * ph * pw) patches in raster order, each in (C, ph, pw) order.
+
+    Clips (B, C, F, Hi, Wi) -> (B, N, C * pt * ph * pw) tubelets, frame by frame of patches.
+    """
+    if images.ndim == 5:
+        pt, ph, pw = patch_size
+        tubelets = [
+            clip[:, t : t + pt, y : y + ph, x : x + pw].reshape(-1)
+            for clip in images
+            for t in range(0, images.shape[2], pt)
+            for y in range(0, images.shape[3], ph)
+            for x in range(0, images.shape[4], pw)
+        ]
+        return torch.stack(tubelets).unflatten(0, (images.shape[0], -1))
     batch, channels, height, width = images.shape
     ph, pw = patch_size
     tiles = images.reshape(batch, channels, height // ph, ph, width // pw, pw)
@@ -121,7 +157,7 @@ def embed_visible_patches(
     pixels = normalize_images(images, mean, std)
     if dtype == torch.float64:
         pixels = pixels.double()
-    patches = extract_patches(pixels, (weight.shape[2], weight.shape[3]))
+    patches = extract_patches(pixels, weight.shape[2:])
     tokens = F.linear(patches, _wide(weight).flatten(1), None if bias is None else _wide(bias))
     if pos_embed is not None:
         tokens = tokens + _wide(pos_embed).reshape(1, -1, weight.shape[0])
@@ -140,10 +176,12 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v, sequence by sequence.
 
-    q (Tq, H, Dh), k and v (Tk, H, Dh) -> out (Tq, H, Dh) in q's dtype and the natural-log
-    LSE (H, Tq), -inf where there are no keys (the output is zero there) and on padding.
+    q (Tq, H, Dh), k and v (Tk, Hk, Dh), each head of which serves H / Hk heads of q in a row ->
+    out (Tq, H, Dh) in q's dtype and the natural-log LSE (H, Tq), -inf where there are no keys (the
+    output is zero there) and on padding.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outputs, lses = [], []
     for s in range(len(bounds_q) - 1):
@@ -194,23 +232,40 @@ def latent_prediction_loss(
     target_rows: Tensor,
     *,
     kind: str = "smooth_l1",
+    target_norm: str = "layer",
     denominator: Tensor | None = None,
 ) -> Tensor:
-    """Distance between predictions (Tt, D) and the LayerNorm-ed target rows they stand for.
+    """Distance between predictions (Tt, D) and the normalised target rows they stand for.
 
     target_features (B, N, D) or (R, D) without gradient, target_rows (Tt,) rows of it or -1.
+    target_norm "layer" over each row, "instance" over the N patches of an image, or "none".
     """
-    features = _wide(target_features).detach().reshape(-1, target_features.shape[-1])
+    width = target_features.shape[-1]
+    features = _wide(target_features).detach()
+    if target_norm == "instance":
+        centred = features - features.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)  # (B, 1, D), biased
+        features = centred / (variance + TARGET_LAYER_NORM_EPS).sqrt()
+    features = features.reshape(-1, width)
     _check_ids(target_rows, features.shape[0], "target_rows")
     valid = target_rows >= 0
-    targets = F.layer_norm(
-        features[target_rows[valid]], features.shape[-1:], eps=TARGET_LAYER_NORM_EPS
-    )
-    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    total = distance(_wide(predictions)[valid], targets, reduction="sum")
-    if denominator is None:
-        denominator = (valid.sum() * features.shape[-1]).clamp(min=1)
-    return total / denominator
+    targets = features[target_rows[valid]]
+    if target_norm == "layer":
+        targets = F.layer_norm(targets, (width,), eps=TARGET_LAYER_NORM_EPS)
+    difference = _wide(predictions)[valid] - targets
+    if kind == "smooth_l1":
+        size = difference.abs()
+        distances = torch.where(size < 1, size.square() / 2, size - 0.5)
+    elif kind == "l2":
+        distances = difference.square()
+    elif kind == "l1":
+        distances = difference.abs()
+    else:  # one a row
+        lengths = [x.norm(dim=1).clamp(min=1e-8) for x in (_wide(predictions)[valid], targets)]
+        dots = (_wide(predictions)[valid] * targets).sum(1)
+        distances = 1 - dots / (lengths[0] * lengths[1])
+    total = distances.sum()
+    return total / (max(distances.numel(), 1) if denominator is None else denominator)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ bfloat16. The seed is printed; the same seed draws the same shapes and numbers.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import secrets
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ import masked_vit_kernels as ops
 from masked_vit_kernels import reference
 from masked_vit_kernels.attention.config import MAX_HEAD_DIM
 from masked_vit_kernels.catalogue.sizes import HEAD_DIMS
+from masked_vit_kernels.tokens.prediction_loss import KINDS, TARGET_NORMS
 
 # Largest error, relative to the largest exact value (at least 1).
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -89,7 +92,8 @@ def _check(
 
 
 def check_attention(machine: Machine) -> float:
-    """`varlen_attention_qkvpacked` and `varlen_attention` with other lengths for the keys."""
+    """`varlen_attention_qkvpacked`, and `varlen_attention` with other lengths for the keys, whose
+    heads some problems share among all queries."""
     # Every other problem has a head dim of the released models, which have tiles of their own.
     head_dims = HEAD_DIMS if machine.integer(0, 1) else range(8, MAX_HEAD_DIM + 1, 8)
     head_dim = head_dims[machine.integer(0, len(head_dims) - 1)]
@@ -112,8 +116,9 @@ def check_attention(machine: Machine) -> float:
     def oracle(q, k, v):
         return reference.varlen_attention(q, k, v, own.cu_seqlens, other.cu_seqlens)[0]
 
-    rows = (own.capacity, other.capacity, other.capacity)
-    worst = _check(machine, attend, oracle, [machine.randn(n, heads, head_dim) for n in rows])
+    key_heads = heads if machine.integer(0, 1) else 1
+    shapes = ((own.capacity, heads), *[(other.capacity, key_heads)] * 2)
+    worst = _check(machine, attend, oracle, [machine.randn(*n, head_dim) for n in shapes])
 
     def attend_packed(qkv):
         return ops.varlen_attention_qkvpacked(
@@ -157,33 +162,49 @@ def check_gather_and_scatter(machine: Machine) -> float:
 
 
 def check_patch_embedding(machine: Machine) -> float:
-    """`embed_visible_patches` of float images."""
+    """`embed_visible_patches` of float images or clips, and the prefix before their tokens."""
     images, rows, columns = machine.integer(1, 3), machine.integer(1, 5), machine.integer(1, 5)
     channels, patch, width = (
         machine.integer(1, 4),
         2 * machine.integer(1, 8),
         8 * machine.integer(1, 12),
     )
-    lengths = machine.lengths(images, rows * columns)
+    # An image, or a clip of two tubelets of one or two frames.
+    frames = machine.integer(0, 2)
+    grid, sides = ((2,), (frames,)) if frames else ((), ())
+    grid, sides = (*grid, rows, columns), (*sides, patch, patch)
+    num_tokens = math.prod(grid)
+    lengths = machine.lengths(images, num_tokens)
     packing = ops.pack_lengths(lengths, capacity=sum(lengths) + 3)
-    ids = machine.ids(lengths, rows * columns, packing.capacity)
+    ids = machine.ids(lengths, num_tokens, packing.capacity)
     here = packing.to(machine.device)
-    pixels = machine.randn(images, channels, rows * patch, columns * patch).detach()
-    weight = machine.randn(width, channels, patch, patch)
+    sizes = [count * side for count, side in zip(grid, sides, strict=True)]
+    pixels = machine.randn(images, channels, *sizes).detach()
+    weight = machine.randn(width, channels, *sides)
     with torch.no_grad():
-        weight *= (channels * patch * patch) ** -0.5
-    return _check(
+        weight *= (channels * math.prod(sides)) ** -0.5
+    worst = _check(
         machine,
         lambda w, b, p: ops.embed_visible_patches(pixels, w, b, p, ids, here),
         lambda w, b, p: reference.embed_visible_patches(
             pixels.cpu().double(), w, b, p, ids.cpu(), packing
         ),
-        [weight, machine.randn(width), machine.randn(rows * columns, width)],
+        [weight, machine.randn(width), machine.randn(num_tokens, width)],
     )
+    extended = ops.pack_prefix(packing, machine.integer(0, 5))
+    there = extended.to(machine.device)
+    prefix = machine.randn(extended.num_prefix_tokens, width)
+    error = _check(
+        machine,
+        lambda x, prefix: ops.prepend_tokens(x, prefix, there),
+        lambda x, prefix: reference.prepend_tokens(x, prefix, extended),
+        [machine.randn(packing.capacity, width), prefix],
+    )
+    return max(worst, error)
 
 
 def check_predictor_tokens_and_loss(machine: Machine) -> float:
-    """`assemble_predictor_tokens`, then `latent_prediction_loss` of both kinds."""
+    """`assemble_predictor_tokens`, then `latent_prediction_loss` of every kind."""
     images, blocks, tokens = machine.integer(1, 3), machine.integer(1, 4), machine.integer(2, 40)
     width = 8 * machine.integer(1, 24)
     context_lengths = machine.lengths(images, tokens)
@@ -206,13 +227,16 @@ def check_predictor_tokens_and_loss(machine: Machine) -> float:
             machine.randn(tokens, width),
         ],
     )
-    features = machine.randn(tokens, width).detach()
-    for kind in ("smooth_l1", "l2"):
+    features = machine.randn(1, tokens, width).detach()
+    for kind, norm in itertools.product(KINDS, TARGET_NORMS):
+        options = {"kind": kind, "target_norm": norm}
         error = _check(
             machine,
-            lambda x, kind=kind: ops.latent_prediction_loss(x, features, target_ids, kind=kind),
-            lambda x, kind=kind: reference.latent_prediction_loss(
-                x, features.cpu().double(), target_ids.cpu(), kind=kind
+            lambda x, options=options: ops.latent_prediction_loss(
+                x, features, target_ids, **options
+            ),
+            lambda x, options=options: reference.latent_prediction_loss(
+                x, features.cpu().double(), target_ids.cpu(), **options
             ),
             [machine.randn(target.capacity, width)],
         )

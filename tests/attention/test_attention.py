@@ -219,7 +219,7 @@ def test_bad_arguments_raise(change, message):
 def test_shapes_that_do_not_match_raise():
     q, wide = torch.empty(10, 2, 24, device="meta"), torch.empty(10, 2, 32, device="meta")
     bounds = torch.empty(4, dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match=r"k must have shape \(Tk, 2, 24\), got \(10, 2, 32\)"):
+    with pytest.raises(ValueError, match=r"k must have shape \(Tk, Hk, 24\), got \(10, 2, 32\)"):
         varlen_attention(q, wide, q, bounds, bounds, 10, 10)
     with pytest.raises(ValueError, match=r"qkv must have shape \(T, 3, H, D\)"):
         varlen_attention_qkvpacked(q, bounds, 10)

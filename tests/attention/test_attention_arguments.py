@@ -15,10 +15,11 @@ BOUNDS = [0, 5, 5, 17]
 
 
 def call(kind, *, bounds=BOUNDS, max_seqlen=12, packing=None, head_dim=24, scale=None, rows=17,
-         dtype=torch.float32):  # fmt: skip
+         dtype=torch.float32, heads=2):  # fmt: skip
     """One of the three public functions on zeros; `bounds` may be those of q alone."""
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    q, kv, qkv = (torch.zeros(rows, *parts, 2, head_dim, dtype=dtype) for parts in ((), (2,), (3,)))
+    shape = heads, head_dim
+    q, kv, qkv = (torch.zeros(rows, *parts, *shape, dtype=dtype) for parts in ((), (2,), (3,)))
     if kind == "qkv":
         return varlen_attention_qkvpacked(
             qkv, cu_seqlens, max_seqlen, packing=packing, softmax_scale=scale
@@ -52,6 +53,39 @@ def call(kind, *, bounds=BOUNDS, max_seqlen=12, packing=None, head_dim=24, scale
 def test_what_no_kernel_could_take_is_refused_on_the_cpu(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(kind, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "kv", "q, k, v"])
+def test_no_heads_and_no_features_are_refused(kind):
+    """Without heads the CPU's attention once ended the process by a signal."""
+    with pytest.raises(ValueError, match="H must be at least 1, got 0"):
+        call(kind, heads=0)
+    with pytest.raises(ValueError, match="D must be a multiple of 8 up to 128, got 0"):
+        call(kind, head_dim=0)
+
+
+@pytest.mark.parametrize("kind", ["qkv", "kv", "q, k, v"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_seqlen": 12.0}, r"max_seqlen\w* must be an int, got float"),
+        ({"max_seqlen": None}, r"max_seqlen\w* must be an int, got NoneType"),
+        ({"max_seqlen": None, "packing": pack_lengths(LENGTHS)}, "must be an int, got NoneType"),
+        ({"packing": 5}, r"packing\w* must be a Packing, got int"),
+        ({"scale": "x"}, "softmax_scale must be a float, got str"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(kind, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        call(kind, **arguments)
+
+
+def test_what_is_no_tensor_is_named():
+    q, bounds = torch.zeros(17, 2, 24), torch.tensor(BOUNDS)
+    with pytest.raises(TypeError, match="q must be a tensor, got list"):
+        varlen_attention(q.tolist(), q, q, bounds, bounds, 12, 12)
+    with pytest.raises(TypeError, match="cu_seqlens_k must be a tensor, got list"):
+        varlen_attention(q, q, q, bounds, BOUNDS, 12, 12)
 
 
 @pytest.mark.parametrize("kind", ["qkv", "kv", "q, k, v"])

@@ -81,6 +81,29 @@ def test_padding_smaller_and_larger_than_a_clearing_block():
         )
 
 
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("longest", [64, 128, 256, 300])  # resident, two phases, flash
+def test_grouped_heads(longest, key_heads):
+    case = problem(24, longest, torch.float32, "kv", heads=4, key_heads=key_heads)
+    check_attention(case)
+
+
+def test_grouped_heads_in_one_gradient_buffer():
+    packing = pack_lengths([3, 17, 0, 9], capacity=40)
+    q = torch.randn(40, 6, 24, requires_grad=True)
+    kv = torch.randn(40, 2, 2, 24, requires_grad=True)
+    bounds = (packing.cu_seqlens, packing.cu_seqlens)
+    out = varlen_attention_kvpacked(q, kv, *bounds, 17, 17, packing_q=packing, packing_k=packing)
+    exact_q, exact_kv = (x.detach().double().requires_grad_() for x in (q, kv))
+    exact, _ = reference.varlen_attention(exact_q, *exact_kv.unbind(1), *bounds)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, kv), upstream)
+    expected = torch.autograd.grad(exact, (exact_q, exact_kv), upstream.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("packed", ["q, k, v", "qkv", "q, kv"])
 def test_op_gives_one_gradient_buffer(packed):
     torch.manual_seed(1)

@@ -142,7 +142,7 @@ def test_bad_bounds_are_named(bounds):
 
 def test_bad_shapes_are_named():
     q, kv, bounds = torch.randn(9, 2, 8), torch.randn(9, 2, 3, 8), cu([9])
-    with pytest.raises(ValueError, match=r"kv must have shape \(Tk, 2, 2, 8\), got \(9, 2, 3, 8\)"):
+    with pytest.raises(ValueError, match="or a multiple of them, got 2 and 3"):
         varlen_attention_kvpacked(q, kv, bounds, bounds, 9, 9)
     with pytest.raises(ValueError, match="as many sequences, got 1 and 2"):
         varlen_attention(q, q, q, bounds, cu([4, 5]), 9, 9)
@@ -153,7 +153,7 @@ def test_bad_shapes_are_named():
     [
         ({"softmax_scale": -0.5}, "softmax_scale must be positive and finite, got -0.5"),
         ({"softmax_scale": float("nan")}, "softmax_scale must be positive and finite, got nan"),
-        ({"max_seqlen": -1}, "max_seqlen must not be negative, got -1, -1"),
+        ({"max_seqlen": -1}, "max_seqlen must not be negative, got -1"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens_q must be one of int32, int64"),
         ({"cu_seqlens": cu([9])[None]}, r"cu_seqlens_q must have shape \(S \+ 1,\), got \(1, 2\)"),
         ({"qkv": torch.zeros(9, 2, 2, 8)}, r"qkv must have shape \(T, 3, H, D\)"),

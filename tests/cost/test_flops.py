@@ -34,6 +34,7 @@ def counted_products(monkeypatch):
         {"share_predictor": True, "predictor_depth": 1},
         {"target": "pixels"},
         {"target_masking": "input"},
+        {"target_norm": "instance"},
     ],
     ids=str,
 )

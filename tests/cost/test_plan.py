@@ -71,7 +71,7 @@ def test_the_command(capsys):
     ("arguments", "complaint"),
     [
         (["vitb16", "--gpu", "h300"], "unknown GPU 'h300'; did you mean 'h200'? Valid: a100,"),
-        (["vitb16", "--gpus", "none"], "--gpus must be a number, got 'none'"),
+        (["vitb16", "--gpus", "none"], "--gpus must be a whole number, got 'none'"),
         (["vitb16", "--gpus", "0"], "gpus must be at least 1, got 0"),
         (["vitb16", "--mfu", "1.2"], "mfu must lie in (0, 1], got 1.2"),
         (["--gpus", "8"], "ijepa plan needs a recipe"),

@@ -151,6 +151,14 @@ def test_rubbish_raises_image_error(data):
         EncodedImage(data).decode()
 
 
+def test_postscript_is_not_run(monkeypatch):
+    """Pillow would start Ghostscript on it, whatever the file is called."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n"
+    with pytest.raises(ImageError, match="not an image that Pillow can read"):
+        EncodedImage(data).decode()
+
+
 def test_flipped_bytes_never_crash(photo):
     rng = np.random.default_rng()
     for kind in ("JPEG", "PNG"):

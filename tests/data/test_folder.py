@@ -1,5 +1,6 @@
 """Folders of images: what is found, how it is labelled, what happens to damaged files."""
 
+import errno
 import logging
 import os
 import shutil
@@ -197,6 +198,39 @@ def test_what_is_no_file_is_never_opened(photos, monkeypatch):
     os.mkfifo(photos / "flower.jpg")
     with pytest.raises(ImageError, match=r"^FIFO, not a file$"):
         source.open(7)
+
+
+def test_what_cannot_be_looked_at_is_named(photos, monkeypatch):
+    """A link to itself once ended the run, and a folder without permission was passed over."""
+    (photos / "self.jpg").symlink_to("self.jpg")
+    (photos / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # root, whom tests may run as, may look into everything
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = folder_source(photos)
+    assert source.left_out == (f"{photos}/locked: Permission denied",)
+    names = [source.name(index).rpartition("/")[2] for index in range(len(source))]
+    with pytest.raises(ImageError, match="Too many levels of symbolic links"):
+        source.open(names.index("self.jpg"))
+    with pytest.raises(ValueError, match=r"not all of it can be read: .*locked: Permission denied"):
+        folder_source(photos / "locked")
+
+
+def test_a_file_too_large_for_memory_is_not_read(photos, monkeypatch):
+    """A hole of three gigabytes was once read into memory."""
+    with (photos / "hole.jpg").open("wb") as file:
+        file.write(b"\xff\xd8\xff")
+        file.truncate(3 << 30)
+    source = folder_source(photos)
+    names = [source.name(index).rpartition("/")[2] for index in range(len(source))]
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ImageError, match="3,221,225,472 bytes, more than the limit of 536,870,912"):
+        source.open(names.index("hole.jpg"))
 
 
 def test_a_folder_of_nothing_but_fifos_says_so(tmp_path):

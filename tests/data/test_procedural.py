@@ -197,3 +197,15 @@ def test_bad_requests_are_errors(tmp_path):
         procedural_source("circles", cache_dir=tmp_path)
     with pytest.raises(ValueError, match="at least 1"):
         procedural_source("shapes", num_images=0, cache_dir=tmp_path)
+
+
+def test_a_cache_that_cannot_be_made_or_read_says_what_to_do(tmp_path):
+    with pytest.raises(OSError, match=r"/dev/null: make room there, or .* variable IJEPA_CACHE"):
+        procedural_source("shapes", num_images=2, cache_dir="/dev/null")
+    procedural_source("shapes", num_images=2, image_size=SIZE, cache_dir=tmp_path)
+    (description,) = tmp_path.rglob("dataset.json")
+    description.write_text(description.read_text()[:10])
+    with pytest.raises(ValueError, match=f"{description} is damaged: delete it"):
+        procedural_source("shapes", num_images=2, image_size=SIZE, cache_dir=tmp_path)
+    description.unlink()
+    assert len(procedural_source("shapes", num_images=2, image_size=SIZE, cache_dir=tmp_path)) == 2

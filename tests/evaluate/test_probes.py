@@ -8,6 +8,7 @@ from ijepa.evaluate import encoder_features, knn_accuracy, linear_probe_accuracy
 from ijepa.evaluate.closing import closing_table
 from ijepa.evaluate.guessing import commonest_class_accuracy
 from ijepa.evaluate.images import LabelledImages, ProbesNotFitted
+from ijepa.evaluate.knn import knn_accuracies
 from ijepa.model import IJEPA
 
 
@@ -81,7 +82,9 @@ def test_knn_is_the_weighted_vote_of_the_nearest():
         for i in nearest:
             votes[train_labels[i]] += torch.tensor(cosines[i] / 0.07).exp().item()
         correct += votes.index(max(votes)) == label
-    found = knn_accuracy(train, train_labels, test, test_labels, neighbours=5, batch_size=5)
+    found = knn_accuracies(
+        train, train_labels, test, test_labels, neighbours=(1, 5, 99), test_rows=5, train_rows=4
+    )[5]
     assert found == pytest.approx(correct / 12)
 
 
@@ -106,6 +109,22 @@ def test_the_penalty_is_chosen_without_the_test_rows():
     assert one == pytest.approx(1 - other)
 
 
+def test_the_penalty_is_chosen_by_rows_of_all_classes():
+    """Once every fifth row chose: of labels that repeat every ten rows, two classes of ten."""
+    labels = torch.arange(1500) % 10
+    features = 0.5 * torch.randn(1500, 40)
+    weak = torch.nn.functional.one_hot(labels, 10).float()
+    # Small directions, which only a weak penalty lets the probe use, tell eight of the classes.
+    features[:, :10] += weak * torch.where(torch.arange(10) % 5 == 0, 3.0, 0.0)
+    features[:, 10:20] = features[:, 20:30] + 0.02 * (weak + 0.1 * torch.randn(1500, 10))
+    train, test = slice(0, 1000), slice(1000, 1500)
+    split = (features[train], labels[train], features[test], labels[test])
+    chosen = linear_probe_accuracy(*split)
+    each = [linear_probe_accuracy(*split, penalties=(p,)) for p in (1e-2, 1e-3, 1e-4, 1e-5)]
+    assert max(each) - min(each) > 0.1
+    assert chosen > max(each) - 0.03
+
+
 def test_probes_refuse_shapes_that_do_not_belong_together():
     with pytest.raises(ValueError, match="features must have shapes"):
         linear_probe_accuracy(torch.zeros(4, 3), torch.zeros(4), torch.zeros(4, 2), torch.zeros(4))
@@ -120,17 +139,17 @@ def test_the_closing_table_has_every_row_and_every_task(model):
     images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
     images[::2] //= 4  # half of them are dark: any features tell "left"
     rows = closing_table(model, IJEPA(model.config), LabelledImages(images, labels, images, labels))
+    poolings = ("last block", "last 4 blocks", "last 4, mean and std",
+                "last, 2x2 regions")  # fmt: skip
     assert [row.features for row in rows] == [
-        "pretrained, last block",
-        "pretrained, last 4 blocks",
-        "random network, last block",
-        "random network, last 4 blocks",
+        *(f"pretrained, {pooling}" for pooling in poolings),
+        *(f"random network, {pooling}" for pooling in poolings),
         "raw pixels",
     ]
     for row in rows:
         assert set(row.scores) == {"left", "right"}
         assert row.scores["left"].linear == 1.0
-    assert rows[0].scores != rows[2].scores or rows[1].scores != rows[3].scores
+    assert [row.scores for row in rows[:4]] != [row.scores for row in rows[4:8]]
 
 
 def test_guessing_knows_the_fitted_labels_alone():

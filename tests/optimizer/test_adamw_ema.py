@@ -376,6 +376,10 @@ def test_what_is_refused():
     p, q = make_parameters(10, shapes=[(4,), (5,)])
     for arguments, message in (
         ({"lr": -1.0}, "lr must not be negative"),
+        ({"lr": float("nan")}, "lr must be finite, got nan"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite, got inf"),
+        ({"betas": (0.9,)}, r"betas must be two numbers, got \(0.9,\)"),
+        ({"momentum": float("nan")}, r"momentum must lie in \[0, 1\], got nan"),
         ({"betas": (1.0, 0.9)}, r"betas\[0\] must lie in \[0, 1\)"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"ema": [(torch.zeros(5), p)]}, "must have one shape"),

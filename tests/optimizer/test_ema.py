@@ -91,6 +91,19 @@ def test_other_things_than_tensors_are_refused_in_words(targets, sources, error,
         ema_update_(targets, sources, 0.5)
 
 
+@pytest.mark.parametrize("momentum", [float("nan"), 1.5, -0.1, torch.tensor(torch.nan)])
+def test_a_momentum_that_is_none_changes_nothing(momentum):
+    """NaN once became the value of every average."""
+    targets, counter = [torch.zeros(3), torch.zeros(2)], torch.tensor(1)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got "):
+        ema_update_([counter, *targets], [torch.tensor(2), torch.ones(3), torch.ones(2)], momentum)
+    with pytest.raises(ValueError, match="pair 2: target"):
+        ema_update_([counter, *targets], [torch.tensor(2), torch.ones(3), torch.ones(5)], 0.5)
+    assert counter == 1 and not torch.cat(targets).any()
+    with pytest.raises(TypeError, match="momentum must be a float or a 0-d tensor, got a NoneType"):
+        ema_update_(targets, targets, None)
+
+
 def test_two_modules_are_averaged_by_name():
     target, source = (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2))
     source[1].num_batches_tracked.fill_(7)

@@ -119,6 +119,19 @@ def test_embed(lengths, padding, unique, channels, layout, has_bias, has_positio
     agree("embed", found, expected, inputs, upstream)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_embed_takes_no_other_integers_than_uint8(dtype):
+    """They were once taken for normalised pixels: 255 times as large."""
+    with pytest.raises(ValueError, match=f"images must be one of uint8, .*, got {dtype}"):
+        embed_visible_patches(
+            torch.zeros(1, 3, 8, 8, dtype=dtype), torch.zeros(16, 3, 4, 4), None, None
+        )
+    with pytest.raises(ValueError, match=r"bias must have shape \(16,\), got \(3,\)"):
+        embed_visible_patches(
+            torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 4, 4), torch.zeros(3), None
+        )
+
+
 def test_embed_reads_uint8_as_fractions():
     images = torch.randint(0, 256, (2, 3, 4, 9), dtype=torch.uint8)
     weight = torch.randn(WIDTH, 3, 2, 3)

@@ -101,7 +101,45 @@ def check_scatter(layout, fill_ndim, dtype, device, width=40):
         assert_accurate(f"gradient of {name}", *values)
 
 
+def check_fill_shapes(device):
+    """Fills as other code has them: MAE's mask token (1, 1, D), positions (1, N, D), a number."""
+    ids = torch.stack([torch.randperm(NUM_TOKENS)[:5] for _ in range(4)])
+    x = torch.randn(4, 5, 40)
+    for shape in ((), (40,), (1, 40), (1, 1, 40), (NUM_TOKENS, 40), (1, NUM_TOKENS, 40),
+                  (NUM_TOKENS, 1), (4, 1, 40), (4, 1, 1), (4, NUM_TOKENS, 40)):  # fmt: skip
+        fill = torch.randn(shape)
+        leaves = [x.to(device).requires_grad_(), fill.to(device).requires_grad_()]
+        out = scatter_tokens(leaves[0], ids.to(device), leaves[1], NUM_TOKENS)
+        exact_leaves = [double(leaf) for leaf in leaves]
+        exact = reference.scatter_tokens(exact_leaves[0], ids, exact_leaves[1], NUM_TOKENS)
+        assert torch.equal(out.double().cpu(), exact), shape
+        upstream = torch.randn(out.shape)
+        found = gradients(out, leaves, upstream.to(device))
+        expected = gradients(exact, exact_leaves, upstream)
+        for name, *values in zip(("x", f"fill {shape}"), found, expected, strict=True):
+            assert_accurate(f"gradient of {name}", *values)
+    x, ids = x.to(device), ids.to(device)
+    as_tensor = scatter_tokens(x, ids, torch.full((40,), -2.5, device=device), NUM_TOKENS)
+    assert torch.equal(scatter_tokens(x, ids, -2.5, NUM_TOKENS), as_tensor)
+
+
+def test_fill_shapes():
+    check_fill_shapes("cpu")
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (1, 1, 1, 40), (4, 3, 40), (39,), (2, 9, 40)])
+def test_fills_that_do_not_broadcast_are_refused(shape):
+    x, ids = torch.randn(4, 5, 40), torch.arange(5).expand(4, 5)
+    with pytest.raises(ValueError, match="fill must be a number or broadcast"):
+        scatter_tokens(x, ids, torch.randn(shape), NUM_TOKENS)
+
+
 # ----------------------------------------------------------------------------- interpreter
+
+
+@pytest.mark.interpreter
+def test_fill_shapes_in_interpreter():
+    check_fill_shapes("cpu")
 
 
 @pytest.mark.interpreter
@@ -292,7 +330,7 @@ def test_wrong_arguments_are_named():
         gather_tokens(x[0, 0], packed.ids)
     with pytest.raises(IndexError, match="indices holds 9, expected -1 or 0 to 8"):
         gather_tokens(x, torch.full((3, 1), NUM_TOKENS))
-    with pytest.raises(ValueError, match="fill must have shape"):
+    with pytest.raises(ValueError, match="fill must be a number or broadcast"):
         scatter_tokens(x[:, :3], torch.zeros(3, 3, dtype=torch.long), torch.zeros(7), 4)
     with pytest.raises(ValueError, match="unique within an image"):
         scatter_tokens(x[:, :3], torch.zeros(3, 3, dtype=torch.long), torch.zeros(8), 4)

@@ -1,5 +1,6 @@
 """embed_visible_patches: kernels in the interpreter and on a GPU, both forms, compiled accesses."""
 
+import math
 import re
 
 import pytest
@@ -27,8 +28,12 @@ from op_checks import (
 MEAN, STD = (0.485, 0.456, 0.406, 0.5, 0.1), (0.229, 0.224, 0.225, 0.3, 0.7)
 
 
+# Tubelets with another number along every axis; 70 rows of one clip.
+CLIPS = {"patch": (2, 4, 6), "grid": (3, 2, 4)}
+
+
 def random_images(batch, channels, patch, grid, dtype):
-    shape = (batch, channels, patch[0] * grid[0], patch[1] * grid[1])
+    shape = (batch, channels, *(a * b for a, b in zip(patch, grid, strict=True)))
     if dtype == torch.uint8:
         return torch.randint(0, 256, shape, dtype=dtype)
     return torch.randn(shape, dtype=dtype)
@@ -43,13 +48,15 @@ def check_embed(
 
     Over 64 rows by default: the bias gradient takes several partial sums.
     """
-    batch, num_tokens = len(lengths), grid[0] * grid[1]
+    batch, num_tokens = len(lengths), math.prod(grid)
     images = random_images(batch, channels, patch, grid, image_dtype)
     if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(
+            memory_format=torch.channels_last if len(grid) == 2 else torch.channels_last_3d
+        )
     images_grad = image_dtype.is_floating_point
     images = images.to(device).requires_grad_(images_grad)
-    scale = (channels * patch[0] * patch[1]) ** -0.5
+    scale = (channels * math.prod(patch)) ** -0.5
     weight = (torch.randn(width, channels, *patch) * scale).to(weight_dtype).to(device)
     bias = torch.randn(width, dtype=weight_dtype, device=device) if with_bias else None
     position = torch.randn(1, num_tokens, width, dtype=weight_dtype, device=device)
@@ -91,7 +98,47 @@ def check_embed(
             assert_accurate(f"gradient of {name}", *values)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_tubelets_on_the_cpu(dtype):
+    for options in (CLIPS, CLIPS | {"patch": (3, 4, 6)}, CLIPS | {"channels_last": True}):
+        check_embed("cpu", dtype, torch.float32, **options)
+
+
+def test_tubelets_are_a_convolution_over_time():
+    clips, weight = torch.randn(2, 3, 6, 8, 12), torch.randn(16, 3, 2, 4, 6)
+    expected = torch.nn.functional.conv3d(clips, weight, stride=(2, 4, 6)).flatten(2).mT
+    found = embed_visible_patches(clips, weight, None, None)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+def check_prefix_rows(device):
+    """Rows of pos_embed before the patches' are left out, and get a zero gradient."""
+    images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(16, 3, 4, 4, device=device)
+    position = torch.randn(1, 7, 16, device=device, requires_grad=True)
+    found = embed_visible_patches(images, weight, None, position, num_prefix_tokens=3)
+    expected = embed_visible_patches(images, weight, None, position[:, 3:])
+    assert torch.equal(found, expected)
+    (grad,) = gradients(found, [position], torch.ones_like(found))
+    assert grad[0].sum(1).tolist() == [0.0] * 3 + [32.0] * 4
+
+
+def test_positions_with_prefix_rows():
+    check_prefix_rows("cpu")
+    images, weight = torch.randn(2, 3, 8, 8), torch.randn(16, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"\(4, 16\), of 4 patches after 0 prefix tokens"):
+        embed_visible_patches(images, weight, None, torch.randn(1, 5, 16))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, F, Hi, Wi\)"):
+        embed_visible_patches(images, torch.randn(16, 3, 2, 4, 4), None, None)
+    with pytest.raises(ValueError, match="5x8x8 pixels cannot be cut into 2x4x4 patches"):
+        embed_visible_patches(torch.randn(1, 3, 5, 8, 8), torch.randn(16, 3, 2, 4, 4), None, None)
+
+
 # ----------------------------------------------------------------------------- interpreter
+
+
+@pytest.mark.interpreter
+def test_positions_with_prefix_rows_in_interpreter():
+    check_prefix_rows("cpu")
 
 
 @pytest.mark.interpreter
@@ -107,6 +154,12 @@ def check_embed(
         {"image_dtype": torch.uint8, "weight_dtype": torch.float32, "with_bias": False},
         {"image_dtype": torch.uint8, "weight_dtype": torch.float32, "channels": 5, "width": 96},
         {"image_dtype": torch.uint8, "weight_dtype": torch.float32, "channels": 1},
+        # clips: tubelets of 2 and of 3 frames, and of one
+        {"image_dtype": torch.uint8, "weight_dtype": torch.float32, **CLIPS},
+        {"image_dtype": torch.float32, "weight_dtype": torch.float32, **CLIPS,
+         "channels_last": True},
+        {"image_dtype": torch.float16, "weight_dtype": torch.float16, **CLIPS, "patch": (3, 4, 6)},
+        {"image_dtype": torch.uint8, "weight_dtype": torch.float16, **CLIPS, "patch": (1, 8, 4)},
     ],
     ids=str,
 )
@@ -204,12 +257,12 @@ def test_opcheck():
         torch.randn(*shape, requires_grad=True) for shape in ((24, 32), (24,), (6, 24))
     )
     opcheck = torch.library.opcheck
-    opcheck(patch_embed.patch_rows, (images, *statistics, *index, 4, 4, torch.float32))
+    opcheck(patch_embed.patch_rows, (images, *statistics, *index, [4, 4], torch.float32))
     rows = torch.randn(packed.packing.capacity, 24, requires_grad=True)
     opcheck(patch_embed.add_position, (rows, bias, position, *index, 6))
     opcheck(
         patch_embed.fused_patch_embed,
-        (images, *statistics, weight, bias, position, *index, 4, 4),
+        (images, *statistics, weight, bias, position, *index, [4, 4]),
     )
 
 
@@ -329,6 +382,17 @@ def test_on_gpu(patch, image_dtype, weight_dtype, fused):
         check_embed(
             "cuda", image_dtype, weight_dtype, patch=(patch, patch), grid=(3, 4), width=width,
             lengths=(5, 0, 12, 7), fused=fused, channels_last=channels_last,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("image_dtype", patch_embed_kernels.IMAGE_DTYPES)
+def test_clips_on_gpu(image_dtype, fused):
+    for patch, channels_last in (((2, 16, 16), False), ((2, 14, 14), True)):
+        check_embed(
+            "cuda", image_dtype, torch.bfloat16, patch=patch, grid=(4, 3, 2), width=384,
+            lengths=(5, 0, 24, 7), fused=fused, channels_last=channels_last,
         )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: whole or not at all, and refused by name."""
 
+import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -91,6 +93,61 @@ def test_what_a_resumed_run_began_with_outlives_what_it_has_left_behind(tmp_path
     os.utime(folders / "step-00000004" / "checkpoint.json", ns=(later, later))  # by resuming
     write(tmp_path, 6)
     assert sorted(path.name for path in folders.glob("step*")) == ["step-00000004", "step-00000006"]
+
+
+def test_copies_that_somebody_keeps_stay(tmp_path):
+    """`step-00000001-best` was once dropped as the oldest."""
+    write(tmp_path, 1)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "step-00000001", root / "step-00000001-best")
+    (root / "step-best").symlink_to("step-00000001-best")
+    for step in (2, 3, 4):
+        write(tmp_path, step)
+    assert sorted(path.name for path in root.iterdir()) == [
+        "latest", "step-00000001-best", "step-00000003", "step-00000004", "step-best"
+    ]  # fmt: skip
+    assert load_checkpoint(root / "step-00000001-best").step == 1
+
+
+def test_an_old_checkpoint_that_cannot_go_costs_no_save(tmp_path, monkeypatch):
+    """A file that somebody has open on NFS keeps its folder."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    rmdir, refused = os.rmdir, []
+
+    def refuse(path, **options):
+        if not refused:
+            refused.append(path)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    write(tmp_path, 3)
+    assert refused and load_checkpoint(tmp_path).step == 3
+    write(tmp_path, 4)  # and goes with the next
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["latest", "step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("step", "x"), ("step", None), ("step", 12.5), ("step", -1), ("files", 5), ("files", {}),
+        ("config", []), ("data", None), ("data", {"images": "x"}), ("data", {"images": 0}),
+        ("seconds", float("nan")), ("seconds", "x"), ("state", 5), ("state", {}),
+        ("state", {"tensor": "nope"}), ("state", {"dict": 5}),
+        ("state", {"dict": [[[1], {"value": 1}]]}),
+    ],
+)  # fmt: skip
+def test_entries_of_another_kind_are_refused_whoever_wrote_them(tmp_path, entry, value):
+    """With a checksum that fits; some ended in a traceback, and seconds of NaN in no report."""
+    write(tmp_path)
+    file = tmp_path / "checkpoints" / "step-00000005" / "checkpoint.json"
+    metadata = json.loads(file.read_text()) | {entry: value}
+    metadata["checksum"] = module._checksum(metadata)
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.json is damaged: .*{entry}"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

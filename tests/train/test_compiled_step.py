@@ -65,7 +65,7 @@ def draw(sampler, step):
 
 def with_backend(trainer, backend):
     """The trainer's own compiled function by another backend."""
-    trainer._loss = torch.compile(
+    trainer._gradients.loss = torch.compile(
         trainer.model.forward, fullgraph=True, dynamic=False, backend=backend
     )
 

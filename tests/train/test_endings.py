@@ -1,5 +1,6 @@
 """How runs end: with their report, with the last good checkpoint named, and never in silence."""
 
+import json
 import os
 import pty
 import random
@@ -20,7 +21,7 @@ import ijepa
 from ijepa import cli
 from ijepa.model import IJEPA
 from ijepa.report.metrics import read_metrics
-from ijepa.train import schedules
+from ijepa.train import checkpoint, schedules
 from ijepa.train.checkpoint import load_checkpoint
 from ijepa.train.pretrain import pretrain
 from ijepa.train.resume import resume_command
@@ -115,6 +116,41 @@ def test_beside_a_damaged_checkpoint_the_intact_one_is_named(run, capsys):
     again = load_checkpoint(run)
     assert again.step == 12
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_run_that_went_on_from_an_older_one_and_saved_nothing_goes_on_from_there(
+    run, tmp_path, monkeypatch
+):
+    """Its log ends there too: going on from the newer one, it once had a gap."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["pretrain", "--resume", "run/checkpoints/step-00000008"])
+    assert cli.main(["pretrain", "--resume", "run", "--train.steps", "14"]) == 0
+    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    assert steps == list(range(1, 15))
+
+
+def test_beside_a_checkpoint_that_makes_no_sense_itself_is_not_named(run, capsys):
+    """Its files are as they were written, and it was offered as the one to go on from."""
+    file = run / "checkpoints" / "step-00000012" / "checkpoint.json"
+    metadata = json.loads(file.read_text()) | {"state": {"dict": 5}}
+    metadata["checksum"] = checkpoint._checksum(metadata)
+    file.write_text(json.dumps(metadata))
+    assert cli.main(["pretrain", "--resume", "run"]) == 1
+    assert "checkpoint of step 8 beside it is intact" in capsys.readouterr().err
+
+
+def test_a_log_that_a_disk_damaged_costs_its_damaged_lines(run):
+    """A byte that is no UTF-8 once kept the run from going on, a foreign line from its report."""
+    log = run / "metrics.jsonl"
+    first, *others = log.read_bytes().splitlines(keepends=True)
+    foreign = b'{}\n5\nnull\n"x"\n{"step": "a"}\n{"step": 3, "loss": "x"}\n' + bytes(range(256))
+    log.write_bytes(first.replace(b"loss", b"l\xffss") + foreign + b"\n" + b"".join(others))
+    assert cli.main(["pretrain", "--resume", "run", "--train.steps", "14"]) == 0
+    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    assert steps == list(range(2, 15))
+    assert (run / "curves.png").exists()
 
 
 def test_where_no_checkpoint_is_intact_none_is_named(run, capsys):

@@ -136,7 +136,7 @@ def test_a_fifo_among_the_images_is_named_and_left_out(tmp_path):
     settings = {"data__source": "folder", "data__path": str(tmp_path), "data__workers": 1}
     done = run(small_arguments(tmp_path / "run", train__steps=3, **settings))
     assert done.returncode == 0, done.stdout
-    assert f"Left out, being no files: 1 ({tmp_path}/x.jpg: FIFO)" in done.stdout
+    assert f"Left out, being no readable files: 1 ({tmp_path}/x.jpg: FIFO)" in done.stdout
     assert "x.jpg: FIFO" in (tmp_path / "run" / "summary.md").read_text().split("Incidents")[1]
 
 

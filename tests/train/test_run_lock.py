@@ -49,3 +49,14 @@ def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.lockf", fail)
     RunLock(tmp_path).release()
+
+
+def test_a_link_is_no_lock(tmp_path):
+    """In a folder from somebody else: what it led to was emptied."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        RunLock(tmp_path / "run")
+    assert victim.read_text() == "precious"

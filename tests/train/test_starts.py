@@ -9,6 +9,7 @@ from small_runs import photographs, small_arguments, small_recipe
 
 import ijepa
 from ijepa import cli
+from ijepa.disk import NotWritten
 from ijepa.recipes import load_recipe
 from ijepa.report.metrics import read_metrics
 from ijepa.train.checkpoint import load_checkpoint
@@ -259,6 +260,25 @@ def test_the_folder_of_the_images_is_no_output(tmp_path, capsys):
     assert cli.main(["pretrain", *small_arguments("photos/.", **settings)]) == 1
     assert "is the folder of the images" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["class-0", "class-1"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.json", "summary.md", "curves.png"])
+def test_files_of_other_programs_are_not_written_over(tmp_path, capsys, name):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / name).write_text("weeks of work")
+    assert cli.main(["pretrain", *small_arguments("results")]) == 1
+    assert f"holds {name} from somewhere else" in capsys.readouterr().err
+    assert (tmp_path / "results" / name).read_text() == "weeks of work"
+
+
+def test_a_folder_that_takes_no_recipe_is_left_empty(tmp_path, monkeypatch, capsys):
+    def full(path, text):
+        raise NotWritten(f"{path.name} could not be written")
+
+    monkeypatch.setattr("ijepa.train.run_folder.write_whole", full)
+    assert cli.main(["pretrain", *small_arguments("run")]) == 1
+    assert "recipe.json could not be written" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):

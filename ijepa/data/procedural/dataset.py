@@ -28,9 +28,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ijepa.data.cache_folder import default_cache
 from ijepa.data.procedural import scene_layout, scenes, shapes
 from ijepa.data.sources import ArraySource, FileSource
-from ijepa.disk import not_written
+from ijepa.disk import NotWritten, not_written
 
 _CHUNK = 50  # images rendered by one task
 _MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a data set is held in memory
@@ -71,13 +72,6 @@ PROCEDURES = {
 }
 
 
-def default_cache() -> Path:
-    """$IJEPA_CACHE, else ijepa in the user's cache folder."""
-    if os.environ.get("IJEPA_CACHE"):
-        return Path(os.environ["IJEPA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ijepa"
-
-
 def procedural_source(
     name: str,
     *,
@@ -98,7 +92,7 @@ def procedural_source(
 
     Raises:
         ValueError: an unknown name or sizes below 1.
-        OSError: the cache cannot be written.
+        NotWritten: the cache cannot be written.
     """
     if name not in PROCEDURES:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(PROCEDURES)}")
@@ -109,8 +103,14 @@ def procedural_source(
         raise ValueError(f"num_images and image_size must be at least 1, got {count} and {size}")
     folder = f"{name}-v{procedure.version}-{count}x{size[0]}x{size[1]}-seed{seed}"
     rendered = _Rendered(procedure, count, size, seed, _root(cache_dir) / folder)
-    rendered.complete(num_processes or _cores(), progress)
-    return rendered.source()
+    try:
+        rendered.complete(num_processes or _cores(), progress)
+        return rendered.source()
+    except OSError as error:
+        raise NotWritten(
+            f"{error}. Rendered images are kept in {rendered.folder.parent}: make room there, or "
+            "name another place by the environment variable IJEPA_CACHE"
+        ) from error
 
 
 def _cores() -> int:
@@ -157,7 +157,12 @@ class _Rendered:
 
     def source(self) -> ArraySource | FileSource:
         """In memory where it fits, else read image by image."""
-        description = json.loads((self.folder / "dataset.json").read_text())
+        try:
+            description = json.loads((self.folder / "dataset.json").read_text())
+        except ValueError:
+            raise ValueError(
+                f"{self.folder / 'dataset.json'} is damaged: delete it, and it is made again"
+            ) from None
         labels, names = description["labels"], description["class_names"]
         if self.count * self.size[0] * self.size[1] * 3 > _MEMORY_LIMIT:
             paths = [self.path(index) for index in range(self.count)]

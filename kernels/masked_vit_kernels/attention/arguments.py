@@ -41,6 +41,7 @@ def check_attention(head_dim: int, softmax_scale: float | None, *sides: Side) ->
     check_head_dim(head_dim)
     check_scale(softmax_scale)
     for side in sides:
+        check_bound(side)
         if reads_values(side.cu_seqlens):
             check_sequences(side)
 
@@ -56,8 +57,20 @@ def check_head_dim(head_dim: int) -> None:
 
 def check_scale(softmax_scale: float | None) -> None:
     """The scale must be positive and finite; None is the default."""
+    if not isinstance(softmax_scale, int | float | torch.SymFloat | None):
+        kind = type(softmax_scale).__name__
+        raise TypeError(f"softmax_scale must be a float, got {kind}")
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
+
+
+def check_bound(side: Side) -> None:
+    """The bound of the lengths must be an int that is not negative."""
+    if not isinstance(side.max_seqlen, int | torch.SymInt):
+        kind = type(side.max_seqlen).__name__
+        raise TypeError(f"max_seqlen{side.suffix} must be an int, got {kind}")
+    if side.max_seqlen < 0:
+        raise ValueError(f"max_seqlen{side.suffix} must not be negative, got {side.max_seqlen}")
 
 
 def reads_values(cu_seqlens: Tensor) -> bool:

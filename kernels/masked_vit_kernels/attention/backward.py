@@ -21,8 +21,6 @@ The first launch of a backward also zeroes the rows of dq, dk and dv after the l
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.attention.config import BackwardStep, backward_plan
@@ -39,6 +37,7 @@ from masked_vit_kernels.attention.tiles import (
     store_tile,
     stride_arguments,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -219,7 +218,7 @@ def _varlen_attention_backward_kernel(
     STRIDE_QH: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VH: tl.constexpr,
     STRIDE_OH: tl.constexpr, STRIDE_DOH: tl.constexpr, STRIDE_DQH: tl.constexpr,
     STRIDE_DKH: tl.constexpr, STRIDE_DVH: tl.constexpr,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     ONE_QUERY_TILE: tl.constexpr, PRECISION: tl.constexpr,
     CLEAR_PARTS: tl.constexpr, CLEAR_ROWS: tl.constexpr, CLEAR_WIDTH: tl.constexpr,
@@ -273,9 +272,12 @@ def _varlen_attention_backward_kernel(
     if (num_keys <= keys_over) | (num_keys > keys_up_to):
         return
 
+    key_head = head
+    if GROUP > 1:  # heads of queries that share one of keys and values
+        key_head = head // GROUP
     q_ptr += start_q * stride_qt + head * STRIDE_QH
-    k_ptr += start_k * stride_kt + head * STRIDE_KH
-    v_ptr += start_k * stride_vt + head * STRIDE_VH
+    k_ptr += start_k * stride_kt + key_head * STRIDE_KH
+    v_ptr += start_k * stride_vt + key_head * STRIDE_VH
     out_ptr += start_q * stride_ot + head * STRIDE_OH
     dout_ptr += start_q * stride_dot + head * STRIDE_DOH
     lse_ptr += head.to(tl.int64) * rows_q + start_q
@@ -341,9 +343,10 @@ def backward_launches(
     """Describe the backward, launches in order.
 
     Args:
-        q, k, v, out, dout: (T, H, D) strided views, see `tiles.readable`.
+        q, out, dout: (Tq, H, D), k and v (Tk, Hk, D), H a multiple of Hk: strided views, see
+            `tiles.readable`.
         lse: (H, Tq) fp32 of the forward; delta (H, Tq) fp32 scratch, unused by "resident".
-        dq, dk, dv: (T, H, D) views to write.
+        dq, dk, dv: (T, H, D) views to write: what each head of queries gives to keys and values.
         queries, keys: the sequences of both sides. Programs that own a sequence go by the keys'
             order, which is that of their work.
         plan: default: `backward_plan`.
@@ -403,6 +406,7 @@ def backward_launches(
                     "keys_over": step.keys_over,
                     "keys_up_to": step.keys_up_to,
                     "scale": softmax_scale,
+                    "GROUP": num_heads // k.shape[1],
                     "HEAD_DIM": head_dim,
                     "MAIN": main,
                     "REST": rest,

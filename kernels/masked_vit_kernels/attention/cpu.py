@@ -396,6 +396,15 @@ def _backward(ctx, grad_out, _grad_lse):
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _of_equal_heads(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Keys and values repeated for the queries' heads that share them; autograd adds them up."""
+    q, k, v = _split(inputs)
+    if q.shape[1] == k.shape[1]:
+        return list(inputs)
+    group = q.shape[1] // k.shape[1]
+    return [q, *(x.repeat_interleave(group, dim=1) for x in (k, v))]
+
+
 def attend(
     inputs: Sequence[Tensor], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -410,5 +419,5 @@ def attend(
     """
     if torch.is_autocast_enabled("cpu") and inputs[0].dtype != torch.float64:
         inputs = [x.to(torch.get_autocast_dtype("cpu")) for x in inputs]
-    out, lse = _attention_forward(list(inputs), cu_seqlens_q, cu_seqlens_k, scale)
+    out, lse = _attention_forward(_of_equal_heads(inputs), cu_seqlens_q, cu_seqlens_k, scale)
     return out, lse.t().float()

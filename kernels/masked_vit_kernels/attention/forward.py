@@ -17,8 +17,6 @@ is 48 bytes); tiles come longest sequences first. The last programs zero the pad
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.attention.config import AttentionConfig, forward_config
@@ -34,6 +32,7 @@ from masked_vit_kernels.attention.tiles import (
     store_tile,
     stride_arguments,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import (
     KernelLaunch,
     round_up_to_power_of_two,
@@ -95,7 +94,7 @@ def _varlen_attention_forward_kernel(
     stride_qt_by_8, stride_kt_by_8, stride_vt_by_8, stride_ot_by_8,
     num_rows, num_sequences, num_tiles, tiles_per_sequence, scale_log2,
     STRIDE_QH: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VH: tl.constexpr,
-    STRIDE_OH: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STRIDE_OH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ONE_PASS: tl.constexpr, PRECISION: tl.constexpr, CLEAR_PARTS: tl.constexpr,
     CLEAR_ROWS: tl.constexpr, CLEAR_WIDTH: tl.constexpr,
@@ -136,9 +135,12 @@ def _varlen_attention_forward_kernel(
     if first_query >= num_queries:
         return
 
+    key_head = head
+    if GROUP > 1:  # heads of queries that share one of keys and values
+        key_head = head // GROUP
     q_ptr += start_q * stride_qt + head * STRIDE_QH
-    k_ptr += start_k * stride_kt + head * STRIDE_KH
-    v_ptr += start_k * stride_vt + head * STRIDE_VH
+    k_ptr += start_k * stride_kt + key_head * STRIDE_KH
+    v_ptr += start_k * stride_vt + key_head * STRIDE_VH
     out_ptr += start_q * stride_ot
     q_main = load_tile(q_ptr, first_query, num_queries, stride_qt, BLOCK_Q, 0, MAIN, HEAD_DIM)
     q_rest = q_main
@@ -204,7 +206,8 @@ def forward_launch(
     """Describe the forward.
 
     Args:
-        q: (Tq, H, D), k and v (Tk, H, D): strided views, see `tiles.readable`.
+        q: (Tq, H, D), k and v (Tk, Hk, D), H a multiple of Hk: strided views, see
+            `tiles.readable`.
         out: (Tq, H, D) to write, lse (H, Tq) fp32 to write.
         queries, keys: the sequences of both sides; of the keys only bounds are read.
         config: tiles; default: `forward_config`.
@@ -240,6 +243,7 @@ def forward_launch(
             "num_tiles": num_tiles,
             "tiles_per_sequence": max(tiles_per_sequence, 1),
             "scale_log2": softmax_scale * LOG2_E,
+            "GROUP": num_heads // k.shape[1],
             "HEAD_DIM": head_dim,
             "MAIN": main,
             "REST": rest,

@@ -9,10 +9,9 @@ two tiles.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import round_up_to_power_of_two
 
 # Programs a head that clear the rows after the last sequence; each strides over them.

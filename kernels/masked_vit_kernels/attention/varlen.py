@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from masked_vit_kernels.attention import cpu as cpu_attention
-from masked_vit_kernels.attention.arguments import Side, check_attention
+from masked_vit_kernels.attention.arguments import Side, check_attention, check_bound
 from masked_vit_kernels.attention.backward import backward_launches, backward_scratch
+from masked_vit_kernels.attention.flash_keywords import check_flash_attn_keywords
 from masked_vit_kernels.attention.forward import forward_launch
 from masked_vit_kernels.attention.sequences import Sequences
 from masked_vit_kernels.attention.tiles import readable
@@ -102,9 +103,14 @@ def _attention_backward(
         if part is not None
     ]
     dq, dk, dv = _split(*gradients, *[None] * (3 - len(gradients)))
+    grouped = q.shape[1] != k.shape[1]
+    # Heads that share keys write their parts side by side: added afterwards, always in one order.
+    dk_parts, dv_parts = (
+        x.new_empty(x.shape[0], *q.shape[1:]) if grouped else x for x in (dk, dv)
+    )
     launches = backward_launches(
         q=q, k=k, v=v, out=out, dout=readable(dout), lse=lse, delta=backward_scratch(q),
-        dq=dq, dk=dk, dv=dv,
+        dq=dq, dk=dk_parts, dv=dv_parts,
         queries=Sequences(
             cu_seqlens=cu_seqlens_q, max_seqlen=max_seqlen_q, tile_map=tile_map_q
         ),
@@ -116,6 +122,9 @@ def _attention_backward(
     )  # fmt: skip
     for launch in launches:
         launch.run()
+    if grouped:
+        for total, parts in ((dk, dk_parts), (dv, dv_parts)):
+            total.copy_(parts.unflatten(1, (total.shape[1], -1)).sum(2))
     return gradients
 
 
@@ -174,19 +183,24 @@ def varlen_attention(
     packing_k: Packing | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    **flash_attn: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each sequence's queries over its own keys.
 
     Args:
         q: (Tq, H, D), D a multiple of 8 up to 128; float32, float16 or bfloat16, on the CPU also
             float64. Strided views are read in place where their strides are multiples of 8.
-        k, v: (Tk, H, D).
+        k, v: (Tk, Hk, D); H is Hk, or a multiple of it whose heads in a row share keys and values
+            (grouped queries).
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, first row of each sequence.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
         packing_q, packing_k: the same sequences as `Packing`s, whose tile maps keep long and short
             sequences balanced; without them the grid covers the upper bounds.
         softmax_scale: positive and finite; default: D ** -0.5.
         return_lse: also return the LSE.
+        flash_attn: flash-attn's other keywords at the values at which they change nothing
+            (`causal=False, dropout_p=0.0, window_size=(-1, -1), softcap=0.0, ...`), and
+            `deterministic`, which the backward always is.
 
     Returns:
         (Tq, H, D) in q's dtype, zero on padding rows and where a sequence has no keys; with
@@ -197,8 +211,9 @@ def varlen_attention(
             their bound or are not the packing's: on the CPU; on a GPU where
             MASKED_VIT_KERNELS_CHECK=1 lets them be looked at, else they are not noticed.
     """
+    check_flash_attn_keywords(flash_attn)
     check_shape("q", q, (None, None, None), "(Tq, H, D)")
-    check_shape("k", k, (None, *q.shape[1:]), f"(Tk, {q.shape[1]}, {q.shape[2]})")
+    check_shape("k", k, (None, None, q.shape[2]), f"(Tk, Hk, {q.shape[2]})")
     check_shape("v", v, k.shape, f"{tuple(k.shape)} like k")
     queries = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
     keys = Side("k", k.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
@@ -213,8 +228,10 @@ def varlen_attention_qkvpacked(
     packing: Packing | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    **flash_attn: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of qkv (T, 3, H, D), whose gradient is one (T, 3, H, D) buffer."""
+    check_flash_attn_keywords(flash_attn)
     check_shape("qkv", qkv, (None, 3, None, None), "(T, 3, H, D)")
     both = Side("", qkv.shape[0], cu_seqlens, max_seqlen, packing)
     return _attend((qkv,), (both,), softmax_scale, return_lse)
@@ -232,10 +249,12 @@ def varlen_attention_kvpacked(
     packing_k: Packing | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    **flash_attn: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`varlen_attention` of q (Tq, H, D) and kv (Tk, 2, H, D), whose gradient is one buffer."""
+    """`varlen_attention` of q (Tq, H, D) and kv (Tk, 2, Hk, D), whose gradient is one buffer."""
+    check_flash_attn_keywords(flash_attn)
     check_shape("q", q, (None, None, None), "(Tq, H, D)")
-    check_shape("kv", kv, (None, 2, *q.shape[1:]), f"(Tk, 2, {q.shape[1]}, {q.shape[2]})")
+    check_shape("kv", kv, (None, 2, None, q.shape[2]), f"(Tk, 2, Hk, {q.shape[2]})")
     queries = Side("q", q.shape[0], cu_seqlens_q, max_seqlen_q, packing_q)
     keys = Side("k", kv.shape[0], cu_seqlens_k, max_seqlen_k, packing_k)
     return _attend((q, kv), (queries, keys), softmax_scale, return_lse)
@@ -251,17 +270,17 @@ def _attend(
 
     sides: of the queries and of the keys, or one for both.
     """
+    for side in sides:
+        _check_packing(side)
     queries, keys = (
         Sequences.of(side.cu_seqlens, side.max_seqlen, side.packing)
         for side in (sides[0], sides[-1])
     )
     x, y, z = inputs[0], *(*inputs[1:], None, None)[:2]
     q, k, _ = _split(x, y, z)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    for side in sides:
-        _check_packing(side)
     _check(inputs, q, k, queries, keys)
     check_attention(q.shape[2], softmax_scale, *sides)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not runs_kernels(q.device):
         out, lse = cpu_attention.attend(inputs, queries.cu_seqlens, keys.cu_seqlens, scale)
         return (out, lse) if return_lse else out
@@ -293,6 +312,13 @@ def _check(
     keys: Sequences,
 ) -> None:
     """What holds on every device."""
+    if q.shape[1] < 1:  # torch's CPU attention ends the process over none
+        raise ValueError(f"H must be at least 1, got {q.shape[1]}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "the heads of q must be those of k and v or a multiple of them, got "
+            f"{q.shape[1]} and {k.shape[1]}"
+        )
     for tensor in inputs:
         check_dtype("the attention's inputs", tensor, (*TRITON_DTYPES, torch.float64))
     if len({tensor.dtype for tensor in inputs}) > 1:
@@ -306,16 +332,16 @@ def _check(
             f"got {queries.count} and {keys.count}"
         )
     check_same_device("q", q, k=k, cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens)
-    if min(queries.max_seqlen, keys.max_seqlen) < 0:
-        raise ValueError(
-            f"max_seqlen must not be negative, got {queries.max_seqlen}, {keys.max_seqlen}"
-        )
 
 
 def _check_packing(side: Side) -> None:
     packing = side.packing
     if packing is None:
         return
+    if not isinstance(packing, Packing):
+        kind = type(packing).__name__
+        raise TypeError(f"packing{side.suffix} must be a Packing, got {kind}")
+    check_bound(side)
     if packing.capacity != side.rows or packing.max_seqlen > side.max_seqlen:
         raise ValueError(
             f"packing{side.suffix} describes {packing.capacity} rows in sequences up to "

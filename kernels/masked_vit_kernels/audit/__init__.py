@@ -13,12 +13,16 @@ from masked_vit_kernels.audit.machine_code import (
     measure,
     resource_usage,
 )
+from masked_vit_kernels.catalogue import AuditCase
+from masked_vit_kernels.catalogue import audit_cases as all_cases
 from masked_vit_kernels.compile import compile_launch
 
 __all__ = [
     "BUDGETS",
+    "AuditCase",
     "Instruction",
     "Measurement",
+    "all_cases",
     "compile_launch",
     "disassemble",
     "foreign_descriptors",

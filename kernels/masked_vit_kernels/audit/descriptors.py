@@ -102,7 +102,8 @@ def _number_of_warp(opcode: str, sources: str, known: Names) -> bool:
     if len(names) != 1 or _thread("".join(names[0])) not in known:
         return False
     if opcode.startswith("SHF.R.U32"):
-        return int(re.search(r"RZ, (0x[0-9a-f]+)", sources).group(1), 16) >= 5
+        shift = re.search(r"RZ, (0x[0-9a-f]+)", sources)
+        return shift is not None and int(shift.group(1), 16) >= 5
     mask = re.search(r"R\d+(?:\.reuse)?, (0x[0-9a-f]+), RZ, 0xc0", sources)
     return opcode.startswith("LOP3") and mask is not None and int(mask.group(1), 16) % 32 == 0
 

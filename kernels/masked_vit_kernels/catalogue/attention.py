@@ -4,8 +4,8 @@ The tables are functions of the longest query and key sequence. Where they chang
 calling them: along each axis, at powers of two and then by bisection, every length at which any
 launch differs from the one before.
 
-The library holds the tuned head dims in half precision. Only audited besides: float32, and the
-widest heads.
+The library holds the tuned head dims in half precision. Only audited besides: float32, the widest
+heads, and heads of queries that share keys.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def attention_cases(capability: int) -> Iterator[Case]:
         for head_dim in (*HEAD_DIMS, MAX_HEAD_DIM):
             if dtype == torch.float32 or head_dim not in HEAD_DIMS:
                 yield from _audited_cases(dtype, head_dim, capability)
+    for head_dim in HEAD_DIMS:
+        yield from _audited_cases(torch.bfloat16, head_dim, capability, group=4)
 
 
 def _library_cases(
@@ -67,14 +69,18 @@ def _library_cases(
             )  # fmt: skip
 
 
-def _audited_cases(dtype: torch.dtype, head_dim: int, capability: int) -> Iterator[Case]:
+def _audited_cases(
+    dtype: torch.dtype, head_dim: int, capability: int, group: int = 1
+) -> Iterator[Case]:
     for (op, build), length in itertools.product(_OPS.items(), LENGTHS):
-        launches = build(dtype, head_dim, True, capability, length, length)
+        launches = build(dtype, head_dim, True, capability, length, length, group)
+        keys = _keys(dtype, head_dim, True, length, length)
+        core = _is_core(dtype, head_dim, length, capability)
+        if group > 1:
+            keys, core = keys | {"group": group}, (head_dim, length) == (64, 256)
         yield Case(
-            op, _keys(dtype, head_dim, True, length, length), launches,
-            tuple(map(_budget, launches)), core=_is_core(dtype, head_dim, length, capability),
-            in_library=False,
-        )  # fmt: skip
+            op, keys, launches, tuple(map(_budget, launches)), core=core, in_library=False
+        )
 
 
 def _keys(dtype: torch.dtype, head_dim: int, mapped: bool, longest_q: int, longest_k: int) -> Keys:
@@ -134,8 +140,18 @@ def _side(mapped: bool, max_seqlen: int) -> Sequences:
     )
 
 
-def _forward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelLaunch, ...]:
-    q, k, v = meta(_ROWS, 3, _HEADS, head_dim, dtype=dtype).unbind(1)
+def _views(dtype: torch.dtype, head_dim: int, group: int) -> tuple[Tensor, ...]:
+    """q, k and v as a projection writes them: of one tensor, or the keys of fewer heads."""
+    if group == 1:
+        return meta(_ROWS, 3, _HEADS, head_dim, dtype=dtype).unbind(1)
+    kv = meta(_ROWS, 2, _HEADS // group, head_dim, dtype=dtype)
+    return meta(_ROWS, _HEADS, head_dim, dtype=dtype), *kv.unbind(1)
+
+
+def _forward(
+    dtype, head_dim, mapped, capability, max_q, max_k, group=1
+) -> tuple[KernelLaunch, ...]:
+    q, k, v = _views(dtype, head_dim, group)
     launch = forward_launch(
         q=q, k=k, v=v, out=meta(_ROWS, _HEADS, head_dim, dtype=dtype), lse=meta(_HEADS, _ROWS),
         queries=_side(mapped, max_q), keys=_side(mapped, max_k), softmax_scale=head_dim**-0.5,
@@ -144,11 +160,14 @@ def _forward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelL
     return (launch,)
 
 
-def _backward(dtype, head_dim, mapped, capability, max_q, max_k) -> tuple[KernelLaunch, ...]:
-    q, k, v = meta(_ROWS, 3, _HEADS, head_dim, dtype=dtype).unbind(1)
+def _backward(
+    dtype, head_dim, mapped, capability, max_q, max_k, group=1
+) -> tuple[KernelLaunch, ...]:
+    q, k, v = _views(dtype, head_dim, group)
     out, lse = meta(_ROWS, _HEADS, head_dim, dtype=dtype), meta(_HEADS, _ROWS)
     launches = backward_launches(
-        q=q, k=k, v=v, out=out, dout=out, lse=lse, delta=lse, dq=q, dk=k, dv=v,
+        q=q, k=k, v=v, out=out, dout=out, lse=lse, delta=lse, dq=q,
+        dk=k if group == 1 else out, dv=v if group == 1 else out,
         queries=_side(mapped, max_q), keys=_side(mapped, max_k), softmax_scale=head_dim**-0.5,
         capability=capability,
     )  # fmt: skip

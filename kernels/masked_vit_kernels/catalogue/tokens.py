@@ -6,6 +6,7 @@ core.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,13 +22,19 @@ from masked_vit_kernels.catalogue.sizes import (
 )
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens import gather_kernels as gather
+from masked_vit_kernels.tokens import (
+    image_statistics,
+    prediction_loss,
+    predictor_tokens,
+    sum_by_place,
+)
 from masked_vit_kernels.tokens import patch_embed_kernels as embed
-from masked_vit_kernels.tokens import prediction_loss, predictor_tokens, sum_by_place
 from masked_vit_kernels.tokens.rows import RowIndex
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 ROW_DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
 CORE_WIDTH = 1280
+LIBRARY_LOSSES = ("smooth_l1", "l2")  # kinds that the C library has
 
 # How rows find their image and token (`rows.py`): the values of the key `layout`.
 EVERY_TOKEN, DENSE, PACKED = "every_token", "dense", "packed"
@@ -128,9 +135,12 @@ class _Pixels:
     image_dtype: torch.dtype
     dtype: torch.dtype
     normalized: bool  # by mean and std, on the way
+    tubelet: int = 0  # frames of a patch, of clips of sixteen
 
     @property
     def images(self) -> Tensor:
+        if self.tubelet:
+            return meta(B, 3, 16, self.size, self.size, dtype=self.image_dtype)
         return meta(B, 3, self.size, self.size, dtype=self.image_dtype)
 
     @property
@@ -138,8 +148,9 @@ class _Pixels:
         return meta(3) if self.normalized else None
 
     @property
-    def patch_sides(self) -> tuple[int, int]:
-        return self.patch, self.patch
+    def patch_sides(self) -> tuple[int, ...]:
+        sides = self.patch, self.patch
+        return (self.tubelet, *sides) if self.tubelet else sides
 
     @property
     def narrow(self) -> bool:
@@ -196,6 +207,7 @@ def _patch_cases(capability: int) -> Iterator[Case]:
                         core and width == 768,
                     )  # fmt: skip
     yield from _other_patch_cases(capability)
+    yield from _clip_cases(capability)
 
 
 def _other_patch_cases(capability: int) -> Iterator[Case]:
@@ -225,6 +237,22 @@ def _other_patch_cases(capability: int) -> Iterator[Case]:
         pixels.fused_launch(PACKED, width, capability, with_bias=False), "reported",
         in_library=False,
     )  # fmt: skip
+
+
+def _clip_cases(capability: int) -> Iterator[Case]:
+    """Tubelets of two frames, audited only: bytes as a decoder gives them."""
+    for patch, width in ((16, 768), (14, 1280)):
+        pixels = _Pixels(224, patch, torch.uint8, BFLOAT16, normalized=True, tubelet=2)
+        keys = pixels.keys(PACKED) | {"tubelet": 2}
+        yield _one(
+            "patch_rows", keys, pixels.rows_launch(PACKED),
+            "narrow_pixels" if pixels.narrow else "pixels", core=patch == 16, in_library=False,
+        )  # fmt: skip
+        yield _one(
+            "embed_visible_patches", keys | {"width": width},
+            pixels.fused_launch(PACKED, width, capability),
+            "narrow_pixels_matmul" if pixels.narrow else "matmul", in_library=False,
+        )  # fmt: skip
 
 
 def _position_cases() -> Iterator[Case]:
@@ -281,7 +309,7 @@ def _loss_cases() -> Iterator[Case]:
     for dtype in ROW_DTYPES:
         for feature_dtype in _with_float32(dtype):
             for width in ENCODER_WIDTHS:
-                for kind in prediction_loss.KINDS:
+                for kind in LIBRARY_LOSSES:
                     keys: Keys = {
                         "dtype": dtype, "feature_dtype": feature_dtype, "width": width,
                         "kind": kind,
@@ -297,6 +325,53 @@ def _loss_cases() -> Iterator[Case]:
                     )
                     yield _one("prediction_loss_backward", keys, launch, "streaming", core)
     yield from _loss_finish_cases(pair)
+    yield from _other_norm_cases(ids, vector, pair)
+    yield from _other_kind_cases(ids, vector, pair)
+
+
+def _other_norm_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Case]:
+    """Targets normalised over an image's patches or not at all, audited only: at one width."""
+    width, kind = CORE_WIDTH, "smooth_l1"
+    statistics = meta(2, B, width)
+    for dtype in ROW_DTYPES:
+        core = dtype == BFLOAT16
+        x, images = meta(R, width, dtype=dtype), meta(B, N, width, dtype=dtype)
+        launch = image_statistics.image_statistics_launch(images, statistics)
+        keys: Keys = {"dtype": dtype, "width": width}
+        yield _one("image_statistics", keys, launch, "streaming", core, in_library=False)
+        features = images.flatten(0, 1)
+        for norm in ("instance", "none"):
+            mean, rstd = statistics if norm == "instance" else (vector, vector)
+            keys = {"dtype": dtype, "width": width, "kind": kind, "norm": norm}
+            core = core and norm == "instance"
+            launch = prediction_loss.loss_forward_launch(
+                x, features, ids, mean, rstd, meta(2, 2048), kind, norm, N
+            )
+            yield _one("prediction_loss", keys, launch, "streaming", core, in_library=False)
+            launch = prediction_loss.loss_backward_launch(
+                meta(), pair, x, features, ids, mean, rstd, x, kind, norm, N
+            )
+            yield _one(
+                "prediction_loss_backward", keys, launch, "streaming", core, in_library=False
+            )
+
+
+def _other_kind_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Case]:
+    """Distances that the C library does not have, audited at one width."""
+    width, cosines = CORE_WIDTH, meta(2, R)
+    for dtype, kind in itertools.product(ROW_DTYPES, ("l1", "cosine")):
+        x = meta(R, width, dtype=dtype)
+        rows = cosines if kind == "cosine" else None
+        keys: Keys = {"dtype": dtype, "width": width, "kind": kind}
+        core = dtype == BFLOAT16 and kind == "cosine"
+        launch = prediction_loss.loss_forward_launch(
+            x, x, ids, vector, vector, meta(2, 2048), kind, cosines=rows
+        )
+        yield _one("prediction_loss", keys, launch, "streaming", core, in_library=False)
+        launch = prediction_loss.loss_backward_launch(
+            meta(), pair, x, x, ids, vector, vector, x, kind, cosines=rows
+        )
+        yield _one("prediction_loss_backward", keys, launch, "streaming", core, in_library=False)
 
 
 def _loss_finish_cases(out: Tensor) -> Iterator[Case]:

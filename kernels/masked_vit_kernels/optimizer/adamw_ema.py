@@ -22,6 +22,7 @@ weights, where there are any, are rounded anew right after (`float8_copies.py`).
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
@@ -32,7 +33,7 @@ from torch.autograd.graph import increment_version
 from masked_vit_kernels.float8 import Float8Rows
 from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.optimizer import cpu as adamw_ema_cpu
-from masked_vit_kernels.optimizer.ema_arguments import pair_list
+from masked_vit_kernels.optimizer.ema_arguments import check_momentum, pair_list
 from masked_vit_kernels.optimizer.float8_copies import Float8Copies
 from masked_vit_kernels.optimizer.launches import DeviceTables
 from masked_vit_kernels.optimizer.multi_tensor import local
@@ -77,7 +78,7 @@ class AdamWEMA(torch.optim.Optimizer):
         amsgrad, maximize, differentiable: False; True is refused, here and in a group.
 
     Raises:
-        TypeError: `ema` is something else.
+        TypeError: `ema` is something else, or a value is no number.
         ValueError: a value out of range or a variant that there is not.
 
     Attributes:
@@ -110,6 +111,7 @@ class AdamWEMA(torch.optim.Optimizer):
         variants = {"amsgrad": amsgrad, "maximize": maximize, "differentiable": differentiable}
         _refuse_variants(variants)
         _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm)
+        check_momentum(momentum)
         self._plan: Plan | None = None
         self._tables: DeviceTables | None = None
         self._captured: list[tuple[Plan, DeviceTables]] = []
@@ -202,6 +204,7 @@ class AdamWEMA(torch.optim.Optimizer):
             loss = result if loss is None else loss
         if loss is not None and not isinstance(loss, Tensor):
             loss = torch.tensor(float(loss))
+        check_momentum(self.momentum)
         plan = self._current_plan()
         gradients = [slot.gradient() for slot in plan.slots]
         for view in plan.staged:
@@ -436,15 +439,19 @@ def _refuse_variants(settings: dict) -> None:
 
 
 def _check_hyper_parameters(lr, betas, eps, weight_decay, max_grad_norm) -> None:
-    """Raise ValueError where a value lies outside its range, as `torch.optim.AdamW` does."""
-    if not isinstance(lr, Tensor) and not lr >= 0.0:
-        raise ValueError(f"lr must not be negative, got {lr}")
-    if not eps >= 0.0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+    """Raise ValueError where a value lies outside its range, TypeError where it is no number."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    named = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    for name, value in {**named, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
+        if not isinstance(value, numbers.Real) and not (name == "lr" and isinstance(value, Tensor)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    for name, value in named.items():
+        if not isinstance(value, Tensor) and not 0.0 <= value < math.inf:
+            expected = "not be negative" if value < 0 else "be finite"
+            raise ValueError(f"{name} must {expected}, got {value}")
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {beta}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     if max_grad_norm is not None and not max_grad_norm > 0.0:
         raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")

@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, runs_kernels
-from masked_vit_kernels.optimizer.ema_arguments import match_by_name, tensor_list
+from masked_vit_kernels.optimizer.ema_arguments import (
+    check_momentum,
+    match_by_name,
+    tensor_list,
+)
 from masked_vit_kernels.optimizer.multi_tensor import (
     TILE,
     TRITON_TYPES,
@@ -151,18 +154,21 @@ def ema_update_(
         momentum: float or 0-d tensor on the targets' device; no host sync on a GPU.
 
     Raises:
-        TypeError: neither lists of tensors nor two modules.
+        TypeError: neither lists of tensors nor two modules; a momentum that is no number.
         ValueError: numbers of tensors, names, shapes or devices differ; a half-precision target;
-            tensors on the meta device.
+            tensors on the meta device; a momentum outside [0, 1], unless on a GPU. Nothing is
+            changed then.
     """
     if isinstance(targets, nn.Module) and isinstance(sources, nn.Module):
         targets, sources = zip(*match_by_name(targets, sources), strict=True)
     targets, sources = tensor_list("targets", targets), tensor_list("sources", sources)
     if len(targets) != len(sources):
         raise ValueError(f"{len(targets)} targets cannot be averaged with {len(sources)} sources")
-    pairs = []
+    check_momentum(momentum)
     for position, (target, source) in enumerate(zip(targets, sources, strict=True)):
         _check_pair(target, source, position)
+    pairs = []
+    for target, source in zip(targets, sources, strict=True):
         if target.is_floating_point():
             pairs.append((local(target), local(source)))
         else:

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel
 _REMEDY = "give tensors, or two modules, which are matched by name"
+
+
+def check_momentum(momentum: object) -> None:
+    """The momentum must be a number or a 0-d tensor in [0, 1]; the value of a tensor on a GPU is
+    not waited for.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it lies outside: NaN would become that of every average.
+    """
+    if isinstance(momentum, Tensor):
+        if momentum.numel() != 1:
+            raise ValueError(f"momentum must be 0-d, got a tensor of shape {tuple(momentum.shape)}")
+        if not momentum.is_cpu or torch.compiler.is_compiling():
+            return
+    elif not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum must be a float or a 0-d tensor, got a {_kind(momentum)}")
+    if not 0.0 <= float(momentum) <= 1.0:
+        raise ValueError(f"momentum must lie in [0, 1], got {float(momentum)}")
 
 
 def tensor_list(name: str, tensors: object) -> list[Tensor]:

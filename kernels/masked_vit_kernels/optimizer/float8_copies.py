@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.float8 import FLOAT8, LARGEST, SMALLEST_MAXIMUM, Float8Rows
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
 from masked_vit_kernels.optimizer.multi_tensor import TRITON_TYPES, addresses, local
 

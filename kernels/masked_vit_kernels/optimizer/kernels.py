@@ -16,9 +16,7 @@ Bytes a parameter: (a) 2 and (c) 38 with bfloat16 weights and gradients, 4 and 3
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.optimizer.multi_tensor import lerp
 
 # Columns of the pointer table (P, TABLE_COLUMNS) int64, P slots: addresses of master, shadow (the

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from masked_vit_kernels.kernel_language import tl, triton
 
 TILE = 8192  # elements a program covers
 

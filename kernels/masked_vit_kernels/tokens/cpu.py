@@ -16,7 +16,7 @@ from torch import Tensor
 from masked_vit_kernels.packing import Packing, PredictorPacking
 from masked_vit_kernels.pixels import extract_patches, normalize_images
 
-TARGET_LAYER_NORM_EPS = 1e-5  # of the LayerNorm that the released code puts on the targets
+TARGET_NORM_EPS = 1e-5  # of the targets' normalisations; the released code's LayerNorm has it
 
 
 def _check_ids(ids: Tensor, count: int, name: str) -> None:
@@ -92,6 +92,16 @@ def scatter_tokens(
     return torch.where((source >= 0).view(*shape[:-1], 1), taken, fill.to(x.dtype).expand(shape))
 
 
+def prepend_tokens(x: Tensor, prefix: Tensor, source_rows: Tensor, prefix_rows: Tensor) -> Tensor:
+    """See `masked_vit_kernels.prepend_tokens`; prefix (S * P, D)."""
+    return _take_rows(x, source_rows).index_copy(0, prefix_rows, prefix.to(x.dtype))
+
+
+def split_prefix(x: Tensor, prefix_rows: Tensor, token_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """See `masked_vit_kernels.split_prefix`; prefix (S * P, D)."""
+    return x.index_select(0, prefix_rows), _take_rows(x, token_rows)
+
+
 def embed_visible_patches(
     images: Tensor,
     weight: Tensor,
@@ -104,11 +114,11 @@ def embed_visible_patches(
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """See `masked_vit_kernels.embed_visible_patches`."""
-    width, channels, ph, pw = weight.shape
+    width, channels, *patch = weight.shape
     dtype = weight.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
-    patches = extract_patches(images, (ph, pw))  # still in the images' dtype
+    patches = extract_patches(images, patch)  # still in the images' dtype
     if indices is not None:
         patches = gather_tokens(patches, indices, packing)
     patches = _normalize_patches(patches, channels, mean, std).to(dtype)
@@ -165,22 +175,38 @@ def latent_prediction_loss(
     target_rows: Tensor,
     *,
     kind: str = "smooth_l1",
+    target_norm: str = "layer",
     denominator: Tensor | None = None,
 ) -> Tensor:
     """See `masked_vit_kernels.latent_prediction_loss`."""
     width = target_features.shape[-1]
-    features = target_features.detach().reshape(-1, width)
-    _check_ids(target_rows, features.shape[0], "target_rows")
     precision = torch.float64 if predictions.dtype == torch.float64 else torch.float32
+    features = target_features.detach()
+    if target_norm == "instance":
+        features = _standardise_over_patches(features.to(precision))
+    features = features.reshape(-1, width)
+    _check_ids(target_rows, features.shape[0], "target_rows")
     valid = (target_rows >= 0)[:, None]
-    targets = F.layer_norm(
-        _take_rows(features, target_rows).to(precision),
-        (width,),
-        eps=TARGET_LAYER_NORM_EPS,
-    )
+    targets = _take_rows(features, target_rows).to(precision)
+    if target_norm == "layer":
+        targets = F.layer_norm(targets, (width,), eps=TARGET_NORM_EPS)
     predictions = predictions.to(precision).masked_fill(~valid, 0)
-    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    total = distance(predictions, targets.masked_fill(~valid, 0), reduction="sum")
+    targets = targets.masked_fill(~valid, 0)
+    values = width  # of a row
+    if kind == "cosine":
+        similarity = F.cosine_similarity(predictions, targets, dim=1)
+        total, values = (valid[:, 0] * (1 - similarity)).sum(), 1
+    else:
+        total = _DISTANCES[kind](predictions, targets, reduction="sum")
     if denominator is None:
-        denominator = (valid.sum() * width).clamp(min=1)
+        denominator = (valid.sum() * values).clamp(min=1)
     return total / denominator
+
+
+_DISTANCES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss, "l1": F.l1_loss}
+
+
+def _standardise_over_patches(features: Tensor) -> Tensor:
+    """(B, N, D): each feature of an image to mean 0 and variance 1 over the patches."""
+    variance, mean = torch.var_mean(features, dim=1, correction=0, keepdim=True)
+    return (features - mean) * (variance + TARGET_NORM_EPS).rsqrt()

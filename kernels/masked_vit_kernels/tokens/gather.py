@@ -16,10 +16,10 @@ Bytes moved a row of D elements: read and write once each, 2 * D * element size,
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from masked_vit_kernels.checks import check_same_device, check_shape
+from masked_vit_kernels.kernel_language import triton
 from masked_vit_kernels.launch import runs_kernels
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.tokens import cpu
@@ -223,15 +223,39 @@ def gather_tokens(x: Tensor, indices: Tensor, packing: Packing | None = None) ->
     return gather_rows(tokens, *index, unique).view(*indices.shape, x.shape[-1])
 
 
+def _as_rows(fill: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """A view of `fill` as the kernels take it: (D,), (N, D) or (B, N, D) of `shape`.
+
+    Raises:
+        ValueError: it does not broadcast to `shape`.
+    """
+    sizes = (1,) * (3 - fill.ndim) + tuple(fill.shape)
+    if len(sizes) > 3 or any(n not in (1, want) for n, want in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            "fill must be a number or broadcast to (B, N, D), as (D,), (1, 1, D), (N, D) or "
+            f"(1, N, D) do, here {shape}, got {tuple(fill.shape)}"
+        )
+    rows = fill.reshape(sizes).expand(*sizes[:2], shape[2])
+    if sizes[0] != 1:
+        return rows.expand(shape)
+    return rows[0, 0] if sizes[1] == 1 else rows[0]
+
+
 def scatter_tokens(
-    x: Tensor, indices: Tensor, fill: Tensor, num_tokens: int, packing: Packing | None = None
+    x: Tensor,
+    indices: Tensor,
+    fill: Tensor | float,
+    num_tokens: int,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Put rows back among `num_tokens` rows of `fill`: the inverse of `gather_tokens`.
 
     Args:
         x: (B, K, D), or packed (capacity, D) with a `packing` of B sequences, or (K, D) flat.
         indices: int32 or int64, the shape of x without D; unique within an image, -1 for padding.
-        fill: (D,), (N, D) or (B, N, D), what stands where no row is put; cast to x's dtype.
+        fill: what stands where no row is put, cast to x's dtype: a number, or a tensor that
+            broadcasts to (B, N, D), such as a mask token (D,) or (1, 1, D), or positions with it,
+            (N, D) or (1, N, D).
         num_tokens: N.
 
     Returns:
@@ -241,6 +265,8 @@ def scatter_tokens(
         ValueError: shapes that do not fit, and on the CPU two rows at one place (on CUDA one of
         them is kept). IndexError: an id outside [-1, N), on the CPU.
     """
+    if not isinstance(fill, Tensor):
+        fill = x.new_full((), fill)
     check_same_device("x", x, indices=indices, fill=fill)
     if x.ndim not in (2, 3):
         raise ValueError(f"x must have shape (B, K, D), (capacity, D) or (K, D), got {x.shape}")
@@ -251,11 +277,7 @@ def scatter_tokens(
     else:
         batch = 1 if packing is None else packing.num_sequences
     index = row_index(indices[None] if flat else indices, packing, batch)
-    shape = (batch, num_tokens, x.shape[-1])
-    if fill.ndim not in (1, 2, 3) or tuple(fill.shape) != shape[-fill.ndim :]:
-        raise ValueError(
-            f"fill must have shape (D,), (N, D) or (B, N, D) of {shape}, got {fill.shape}"
-        )
+    fill = _as_rows(fill, (batch, num_tokens, x.shape[-1]))
     if not runs_kernels(x.device):
         return cpu.scatter_tokens(x, indices, fill, num_tokens, packing)
     out = scatter_rows(x.reshape(-1, x.shape[-1]), fill, *index, batch, num_tokens)

@@ -8,10 +8,9 @@ fill included, is written once in one launch.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens.rows import (
     ROW_COUNTS,

@@ -18,14 +18,15 @@ released code normalises and embeds all N patches and then gathers K of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from masked_vit_kernels.checks import check_dtype, check_same_device
+from masked_vit_kernels.checks import check_dtype, check_same_device, check_shape
+from masked_vit_kernels.kernel_language import triton
 from masked_vit_kernels.launch import runs_kernels, table_capability
 from masked_vit_kernels.packing import Packing
 from masked_vit_kernels.tokens import cpu
@@ -53,25 +54,24 @@ def patch_rows(
     sequence_ids: Tensor | None,
     rows_per_image: int,
     sequences_per_image: int,
-    ph: int,
-    pw: int,
+    patch: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """images (B, C, Hi, Wi) -> normalised pixels (R, K') of the patches a `RowIndex` names."""
+    """images -> normalised pixels (R, K') of the patches that a `RowIndex` names."""
     index = RowIndex(indices, sequence_ids, rows_per_image, sequences_per_image)
-    out = _empty_patch_rows(images, indices, rows_per_image, ph, pw, dtype)
-    patch_rows_launch(images, mean, std, index, (ph, pw), out).run()
+    out = _empty_patch_rows(images, indices, rows_per_image, patch, dtype)
+    patch_rows_launch(images, mean, std, index, patch, out).run()
     return out
 
 
-def _empty_patch_rows(images, indices, rows_per_image, ph, pw, dtype) -> Tensor:
+def _empty_patch_rows(images, indices, rows_per_image, patch, dtype) -> Tensor:
     num_rows = images.shape[0] * rows_per_image if indices is None else indices.shape[0]
-    return images.new_empty(num_rows, padded_pixels(images, (ph, pw)), dtype=dtype)
+    return images.new_empty(num_rows, padded_pixels(images, patch), dtype=dtype)
 
 
 @patch_rows.register_fake
-def _(images, mean, std, indices, sequence_ids, rows_per_image, sequences_per_image, ph, pw, dtype):
-    return _empty_patch_rows(images, indices, rows_per_image, ph, pw, dtype)
+def _(images, mean, std, indices, sequence_ids, rows_per_image, sequences_per_image, patch, dtype):
+    return _empty_patch_rows(images, indices, rows_per_image, patch, dtype)
 
 
 @torch.library.custom_op("masked_vit_kernels::patch_rows_image_gradient", mutates_args=())
@@ -82,29 +82,30 @@ def patch_rows_image_gradient(
     sequence_ids: Tensor | None,
     rows_per_image: int,
     sequences_per_image: int,
-    ph: int,
-    pw: int,
+    patch: list[int],
     image_shape: list[int],
     image_dtype: torch.dtype,
 ) -> Tensor:
-    """grad (R, K') -> (B, C, Hi, Wi): each patch back to its place, patches taken twice added."""
-    batch, channels, height, width = image_shape
-    grid = height // ph, width // pw
-    num_tokens = grid[0] * grid[1]
+    """grad (R, K') -> `image_shape`: each patch back to its place, patches taken twice added."""
+    batch, channels, *sizes = image_shape
+    grid = [size // side for size, side in zip(sizes, patch, strict=True)]
+    num_tokens = math.prod(grid)
     index = RowIndex(indices, sequence_ids, rows_per_image, sequences_per_image)
     places = index.places(grad.shape[0], num_tokens, grad.device)
-    patches = grad[:, : channels * ph * pw]
+    patches = grad[:, : channels * math.prod(patch)]
     total = sum_rows_by_place(patches, places, batch * num_tokens, torch.float32)
-    total = total.view(batch, *grid, channels, ph, pw).permute(0, 3, 1, 4, 2, 5)
+    total = total.view(batch, *grid, channels, *patch)
+    axes = len(patch)  # (B, grid, C, patch) -> (B, C, then grid and patch of each axis)
+    total = total.permute(0, axes + 1, *(i for a in range(axes) for i in (1 + a, axes + 2 + a)))
     total = total.reshape(image_shape)
     if std is not None:
-        total = total / std.view(1, -1, 1, 1)
+        total = total / std.view(-1, *[1] * axes)
     return total.to(image_dtype)
 
 
 @patch_rows_image_gradient.register_fake
 def _(
-    grad, std, indices, sequence_ids, rows_per_image, sequences_per_image, ph, pw,
+    grad, std, indices, sequence_ids, rows_per_image, sequences_per_image, patch,
     image_shape, image_dtype,
 ):  # fmt: skip
     return grad.new_empty(image_shape, dtype=image_dtype)
@@ -195,14 +196,13 @@ def fused_patch_embed(
     sequence_ids: Tensor | None,
     rows_per_image: int,
     sequences_per_image: int,
-    ph: int,
-    pw: int,
+    patch: list[int],
 ) -> Tensor:
     """The whole embedding in one kernel: weight (D, K'), position (N, D) -> (R, D)."""
     index = RowIndex(indices, sequence_ids, rows_per_image, sequences_per_image)
     out = _empty_tokens(images, weight, indices, rows_per_image)
     fused_patch_embed_launch(
-        images, mean, std, weight.contiguous(), bias, position, index, (ph, pw), out,
+        images, mean, std, weight.contiguous(), bias, position, index, patch, out,
         table_capability(images.device),
     ).run()  # fmt: skip
     return out
@@ -216,7 +216,7 @@ def _empty_tokens(images, weight, indices, rows_per_image) -> Tensor:
 @fused_patch_embed.register_fake
 def _(
     images, mean, std, weight, bias, position, indices, sequence_ids,
-    rows_per_image, sequences_per_image, ph, pw,
+    rows_per_image, sequences_per_image, patch,
 ):  # fmt: skip
     return _empty_tokens(images, weight, indices, rows_per_image)
 
@@ -236,7 +236,7 @@ def _patch_rows_backward(ctx, grad):
         grad_images = patch_rows_image_gradient(
             grad, *ctx.saved_tensors, *ctx.layout, *ctx.image_like
         )
-    return grad_images, *[None] * 9
+    return grad_images, *[None] * 8
 
 
 patch_rows.register_autograd(_patch_rows_backward, setup_context=_save_for_patch_rows_backward)
@@ -267,7 +267,7 @@ add_position.register_autograd(
 def _save_for_fused_backward(ctx, inputs, output):
     images, mean, std, weight, bias, position, indices, sequence_ids, *layout = inputs
     ctx.save_for_backward(images, mean, std, weight, indices, sequence_ids)
-    ctx.layout, ctx.patch = layout[:2], layout[2:]
+    *ctx.layout, ctx.patch = layout
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.position_dtype = None if position is None else position.dtype
 
@@ -280,15 +280,15 @@ def _fused_backward(ctx, grad):
     grad_images = grad_weight = grad_position = None
     if ctx.needs_input_grad[0]:
         grad_images = patch_rows_image_gradient(
-            grad @ weight, std, *where, *ctx.patch, list(images.shape), images.dtype
+            grad @ weight, std, *where, ctx.patch, list(images.shape), images.dtype
         )
     if ctx.needs_input_grad[3]:
-        patches = patch_rows(images, mean, std, *where, *ctx.patch, weight.dtype)
+        patches = patch_rows(images, mean, std, *where, ctx.patch, weight.dtype)
         grad_weight = grad.t() @ patches  # (D, K')
     grad_bias = grad_bias.to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
     if ctx.needs_input_grad[5]:
         grad_position = position_gradient(grad, *where, num_tokens, ctx.position_dtype)
-    return grad_images, None, None, grad_weight, grad_bias, grad_position, *[None] * 6
+    return grad_images, None, None, grad_weight, grad_bias, grad_position, *[None] * 5
 
 
 fused_patch_embed.register_autograd(_fused_backward, setup_context=_save_for_fused_backward)
@@ -298,15 +298,17 @@ fused_patch_embed.register_autograd(_fused_backward, setup_context=_save_for_fus
 
 
 def _check_images(images: Tensor, weight: Tensor) -> None:
-    channels, ph, pw = weight.shape[1:]
-    if images.ndim != 4 or images.shape[1] != channels:
+    channels, *patch = weight.shape[1:]
+    if images.ndim != weight.ndim or images.shape[1] != channels:
+        sizes = "Hi, Wi" if len(patch) == 2 else "F, Hi, Wi"
         raise ValueError(
-            f"images must have shape (B, {channels}, Hi, Wi), got {tuple(images.shape)}"
+            f"images must have shape (B, {channels}, {sizes}), got {tuple(images.shape)}"
         )
-    if images.shape[2] % ph or images.shape[3] % pw:
+    if any(size % side for size, side in zip(images.shape[2:], patch, strict=True)):
+        pixels, sides = ("x".join(map(str, sizes)) for sizes in (images.shape[2:], patch))
         raise ValueError(
-            f"images of {images.shape[2]}x{images.shape[3]} pixels cannot be cut into"
-            f" {ph}x{pw} patches: crop or resize to a multiple"
+            f"images of {pixels} pixels cannot be cut into {sides} patches: crop or resize to a "
+            "multiple"
         )
 
 
@@ -318,6 +320,21 @@ def _check_channel_values(
     count = values.numel() if isinstance(values, Tensor) else len(values)
     if count != channels:
         raise ValueError(f"{name} must have {channels} values, got {count}")
+
+
+def _patch_positions(
+    pos_embed: Tensor | None, num_tokens: int, width: int, num_prefix_tokens: int
+) -> Tensor | None:
+    """(N, D) without the rows that stand before the patches'."""
+    if pos_embed is None:
+        return None
+    rows = num_prefix_tokens + num_tokens
+    if pos_embed.numel() != rows * width or num_prefix_tokens < 0:
+        raise ValueError(
+            f"pos_embed must have shape ({rows}, {width}), of {num_tokens} patches after "
+            f"{num_prefix_tokens} prefix tokens (num_prefix_tokens), got {tuple(pos_embed.shape)}"
+        )
+    return pos_embed.reshape(rows, width)[num_prefix_tokens:]
 
 
 def _channel_values(values: Sequence[float] | Tensor | None, images: Tensor) -> Tensor | None:
@@ -338,19 +355,24 @@ def embed_visible_patches(
     *,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
+    num_prefix_tokens: int = 0,
     fused: bool = False,
 ) -> Tensor:
     """Patch embedding plus position of the patches that `indices` names; the rest is never read.
 
     Args:
-        images: (B, C, Hi, Wi) uint8, bf16, fp16 or fp32, any strides. uint8 pixels are divided
-            by 255; then mean and std apply, to float images too.
-        weight: (D, C, ph, pw), as of a convolution with stride (ph, pw).
+        images: (B, C, Hi, Wi), or clips of F frames (B, C, F, Hi, Wi): uint8, bf16, fp16 or fp32,
+            any strides. uint8 pixels are divided by 255; then mean and std apply, to float images
+            too. On the CPU also float64.
+        weight: (D, C, ph, pw), as of a convolution with stride (ph, pw); of clips (D, C, pt, ph,
+            pw), whose patches are tubelets of pt frames, numbered in the order (time, row, column).
         bias: (D,) or None. pos_embed: (N, D) or (1, N, D) in raster order, or None.
         indices: int32 or int64 patch ids, -1 for padding: (B, K), or (capacity,) with `packing`;
             None embeds every patch.
         mean, std: C values each. Where the call is captured in a CUDA graph give tensors on the
             device: a list is copied to it in every call.
+        num_prefix_tokens: rows of pos_embed before the patches' own, for class or register tokens;
+            they are left out here (`prepend_tokens` puts such tokens before the patches).
         fused: on CUDA, one kernel instead of three launches. Not faster at every shape.
 
     Returns:
@@ -361,30 +383,34 @@ def embed_visible_patches(
         ValueError: shapes that do not fit. IndexError: an id outside [-1, N), on the CPU; on CUDA
         such an id counts as padding.
     """
-    if weight.ndim != 4:
-        raise ValueError(f"weight must have shape (D, C, ph, pw), got {tuple(weight.shape)}")
-    _check_images(images, weight)
     check_same_device(
         "images", images, weight=weight, bias=bias, pos_embed=pos_embed, indices=indices
     )
+    if weight.ndim not in (4, 5) or 0 in weight.shape:
+        raise ValueError(
+            "weight must have shape (D, C, ph, pw), or (D, C, pt, ph, pw) of clips, got "
+            f"{tuple(weight.shape)}"
+        )
+    _check_images(images, weight)
+    by_kernels = runs_kernels(images.device)
+    # In float64 tests hold the CPU path to the reference; it has no kernel.
+    check_dtype("images", images, IMAGE_DTYPES if by_kernels else (*IMAGE_DTYPES, torch.float64))
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1], f"({weight.shape[0]},)")
     _check_channel_values("mean", mean, images.shape[1])
     _check_channel_values("std", std, images.shape[1])
-    batch, (width, _, ph, pw) = images.shape[0], weight.shape
-    num_tokens = num_patches(images, (ph, pw))
-    if pos_embed is not None and pos_embed.numel() != num_tokens * width:
-        raise ValueError(
-            f"pos_embed must have shape ({num_tokens}, {width}), got {tuple(pos_embed.shape)}"
-        )
+    batch, (width, _, *patch) = images.shape[0], weight.shape
+    num_tokens = num_patches(images, patch)
+    pos_embed = _patch_positions(pos_embed, num_tokens, width, num_prefix_tokens)
     if indices is None:
         index, shape = RowIndex(None, None, num_tokens, 1), torch.Size((batch, num_tokens))
     else:
         index, shape = row_index(indices, packing, batch), indices.shape
-    if not runs_kernels(images.device):
+    if not by_kernels:
         return cpu.embed_visible_patches(
             images, weight, bias, pos_embed, indices, packing, mean=mean, std=std
         )
 
-    check_dtype("images", images, IMAGE_DTYPES)
     device_type = images.device.type
     # Asked of a device type without autocast (meta) torch raises, and torch.compile cannot trace
     # the question whether there is one.
@@ -392,15 +418,15 @@ def embed_visible_patches(
     dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
     weight = weight.flatten(1).to(dtype)  # (D, K)
     check_dtype("weight", weight)
-    padding = padded_pixels(images, (ph, pw)) - weight.shape[1]
+    padding = padded_pixels(images, patch) - weight.shape[1]
     weight = F.pad(weight, (0, padding)) if padding else weight  # (D, K')
-    position = None if pos_embed is None else pos_embed.reshape(num_tokens, width).contiguous()
+    position = None if pos_embed is None else pos_embed.contiguous()
     mean, std = _channel_values(mean, images), _channel_values(std, images)
     if index.indices is not None:
         index = index._replace(indices=index.indices.contiguous())
     if fused:
-        tokens = fused_patch_embed(images, mean, std, weight, bias, position, *index, ph, pw)
+        tokens = fused_patch_embed(images, mean, std, weight, bias, position, *index, patch)
     else:
-        patches = patch_rows(images, mean, std, *index, ph, pw, dtype)
+        patches = patch_rows(images, mean, std, *index, patch, dtype)
         tokens = add_position(F.linear(patches, weight), bias, position, *index, num_tokens)
     return tokens.view(*shape, width)

@@ -3,15 +3,20 @@
 Rows of 16 or 32 uint8 pixels are read 16 bytes at a time; of 14 pixels, 2 bytes: the start of such
 a row is no multiple of more. The image's strides are constants of the kernel, so that the compiler
 knows what they are multiples of.
+
+A clip (B, C, F, Hi, Wi) is an image with a time axis, its patches are tubelets of PT frames. PT is
+0 for images, whose kernels know nothing of time.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens.rows import (
     ROW_COUNTS,
@@ -21,25 +26,39 @@ from masked_vit_kernels.tokens.rows import (
     tile_rows,
 )
 
+Patch = Sequence[int]  # (ph, pw), or (pt, ph, pw) of clips
+
 IMAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 # ----------------------------------------------------------------------------- kernels
 
 
 @triton.jit
-def _patch_origins(images, tokens, STRIDE_B, STRIDE_H, STRIDE_W, PH, PW, GRID_WIDTH: tl.constexpr):
+def _patch_origins(
+    images, tokens, STRIDE_B, STRIDE_T, STRIDE_H, STRIDE_W,
+    PT: tl.constexpr, PH, PW, GRID_HEIGHT, GRID_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Offset of each patch's first pixel, int64."""
     patch_rows = tokens // GRID_WIDTH
     patch_columns = tokens % GRID_WIDTH
+    if PT > 0:
+        images = images * STRIDE_B + (patch_rows // GRID_HEIGHT) * (PT * STRIDE_T)
+        patch_rows = patch_rows % GRID_HEIGHT
+        return images + patch_rows * (PH * STRIDE_H) + patch_columns * (PW * STRIDE_W)
     return images * STRIDE_B + patch_rows * (PH * STRIDE_H) + patch_columns * (PW * STRIDE_W)
 
 
 @triton.jit
-def _pixel_offsets(columns, STRIDE_C, STRIDE_H, STRIDE_W, PH, PW: tl.constexpr):
-    """Offset of pixel k = (channel, row, column) of a patch from the patch's first pixel."""
+def _pixel_offsets(
+    columns, STRIDE_C, STRIDE_T, STRIDE_H, STRIDE_W, PT: tl.constexpr, PH, PW: tl.constexpr
+):
+    """Offset of pixel k = (channel, frame, row, column) of a patch from the patch's first pixel."""
     # One division at a time: the compiler then knows that PW pixels in a row are contiguous.
     pixel_rows = columns // PW  # of all channels
     channels = pixel_rows // PH
+    if PT > 0:  # so far they are (channel, frame)
+        frames = (channels // PT) * STRIDE_C + (channels % PT) * STRIDE_T
+        return frames + (pixel_rows % PH) * STRIDE_H + (columns % PW) * STRIDE_W
     return channels * STRIDE_C + (pixel_rows % PH) * STRIDE_H + (columns % PW) * STRIDE_W
 
 
@@ -59,7 +78,7 @@ def _pixel_scale_and_shift(channels, in_width, mean_ptr, std_ptr, PIXEL_SCALE: t
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _patch_rows_kernel(
-    images_ptr,  # (B, C, Hi, Wi)
+    images_ptr,  # (B, C, Hi, Wi) or (B, C, F, Hi, Wi)
     mean_ptr,  # (C,) or None
     std_ptr,  # (C,) or None
     indices_ptr,  # (R,) or None
@@ -71,10 +90,13 @@ def _patch_rows_kernel(
     sequences_per_image,
     STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr,
+    STRIDE_T: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
+    PT: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    GRID_HEIGHT: tl.constexpr,
     GRID_WIDTH: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -90,10 +112,13 @@ def _patch_rows_kernel(
         rows, in_range, indices_ptr, sequence_ids_ptr,
         num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
-    origins = _patch_origins(images, tokens, STRIDE_B, STRIDE_H, STRIDE_W, PH, PW, GRID_WIDTH)
-    offsets = _pixel_offsets(columns, STRIDE_C, STRIDE_H, STRIDE_W, PH, PW)
+    origins = _patch_origins(
+        images, tokens, STRIDE_B, STRIDE_T, STRIDE_H, STRIDE_W, PT, PH, PW, GRID_HEIGHT, GRID_WIDTH
+    )
+    offsets = _pixel_offsets(columns, STRIDE_C, STRIDE_T, STRIDE_H, STRIDE_W, PT, PH, PW)
+    CHANNEL: tl.constexpr = (PT * PH * PW) if PT > 0 else (PH * PW)  # pixels of one, in a patch
     scale, shift = _pixel_scale_and_shift(
-        columns // (PH * PW), in_width, mean_ptr, std_ptr, PIXEL_SCALE
+        columns // CHANNEL, in_width, mean_ptr, std_ptr, PIXEL_SCALE
     )
     visible = taken[:, None] & in_width[None, :]
     pixels = tl.load(  # [BLOCK_ROWS, BLOCK_K]
@@ -194,7 +219,7 @@ def _add_position_backward_kernel(
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _fused_patch_embed_kernel(
-    images_ptr,  # (B, C, Hi, Wi)
+    images_ptr,  # (B, C, Hi, Wi) or (B, C, F, Hi, Wi)
     mean_ptr,  # (C,) or None
     std_ptr,  # (C,) or None
     weight_ptr,  # (D, K')
@@ -209,10 +234,13 @@ def _fused_patch_embed_kernel(
     sequences_per_image,
     STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr,
+    STRIDE_T: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
+    PT: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    GRID_HEIGHT: tl.constexpr,
     GRID_WIDTH: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -232,13 +260,16 @@ def _fused_patch_embed_kernel(
         rows, in_range, indices_ptr, sequence_ids_ptr,
         num_tokens, rows_per_image, sequences_per_image,
     )  # fmt: skip
-    origins = _patch_origins(images, tokens, STRIDE_B, STRIDE_H, STRIDE_W, PH, PW, GRID_WIDTH)
+    origins = _patch_origins(
+        images, tokens, STRIDE_B, STRIDE_T, STRIDE_H, STRIDE_W, PT, PH, PW, GRID_HEIGHT, GRID_WIDTH
+    )
 
+    CHANNEL: tl.constexpr = (PT * PH * PW) if PT > 0 else (PH * PW)  # pixels of one, in a patch
     total = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=tl.float32)  # [BLOCK_ROWS, BLOCK_D]
     for start in range(0, K_PADDED, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        offsets = _pixel_offsets(k, STRIDE_C, STRIDE_H, STRIDE_W, PH, PW)
-        scale, shift = _pixel_scale_and_shift(k // (PH * PW), k < K, mean_ptr, std_ptr, PIXEL_SCALE)
+        offsets = _pixel_offsets(k, STRIDE_C, STRIDE_T, STRIDE_H, STRIDE_W, PT, PH, PW)
+        scale, shift = _pixel_scale_and_shift(k // CHANNEL, k < K, mean_ptr, std_ptr, PIXEL_SCALE)
         visible = taken[:, None] & (k < K)[None, :]
         pixels = tl.load(  # [BLOCK_ROWS, BLOCK_K]
             images_ptr + origins[:, None] + offsets[None, :], mask=visible, other=0
@@ -273,35 +304,43 @@ def _fused_patch_embed_kernel(
 
 
 def _image_arguments(
-    images: Tensor, mean: Tensor | None, std: Tensor | None, patch: tuple[int, int]
+    images: Tensor, mean: Tensor | None, std: Tensor | None, patch: Patch
 ) -> dict[str, object]:
     """Kernel parameters of the image. Its strides are constants: they decide how wide loads are."""
-    ph, pw = patch
-    stride_b, stride_c, stride_h, stride_w = images.stride()
+    *tubelet, ph, pw = patch
+    stride_b, stride_c, *stride_t, stride_h, stride_w = images.stride()
     return {
         "images_ptr": images,
         "mean_ptr": mean,
         "std_ptr": std,
         "STRIDE_B": stride_b,
         "STRIDE_C": stride_c,
+        "STRIDE_T": stride_t[0] if stride_t else 0,
         "STRIDE_H": stride_h,
         "STRIDE_W": stride_w,
+        "PT": tubelet[0] if tubelet else 0,
         "PH": ph,
         "PW": pw,
-        "GRID_WIDTH": images.shape[3] // pw,
-        "K": images.shape[1] * ph * pw,
+        "GRID_HEIGHT": images.shape[-2] // ph if tubelet else 0,
+        "GRID_WIDTH": images.shape[-1] // pw,
+        "K": images.shape[1] * math.prod(patch),
         "PIXEL_SCALE": 1.0 / 255.0 if images.dtype == torch.uint8 else 1.0,
     }
 
 
-def num_patches(images: Tensor, patch: tuple[int, int]) -> int:
+def patch_grid(images: Tensor, patch: Patch) -> tuple[int, ...]:
+    """Patches along each axis that is cut."""
+    return tuple(size // side for size, side in zip(images.shape[2:], patch, strict=True))
+
+
+def num_patches(images: Tensor, patch: Patch) -> int:
     """N."""
-    return (images.shape[2] // patch[0]) * (images.shape[3] // patch[1])
+    return math.prod(patch_grid(images, patch))
 
 
-def padded_pixels(images: Tensor, patch: tuple[int, int]) -> int:
+def padded_pixels(images: Tensor, patch: Patch) -> int:
     """K': the pixels of a patch, rounded up to a multiple of 16."""
-    return -(-images.shape[1] * patch[0] * patch[1] // 16) * 16
+    return -(-images.shape[1] * math.prod(patch) // 16) * 16
 
 
 def patch_rows_launch(
@@ -309,10 +348,10 @@ def patch_rows_launch(
     mean: Tensor | None,
     std: Tensor | None,
     index: RowIndex,
-    patch: tuple[int, int],
+    patch: Patch,
     out: Tensor,
 ) -> KernelLaunch:
-    """images (B, C, Hi, Wi), mean and std (C,) -> out (R, K')."""
+    """images (B, C, Hi, Wi) or clips (B, C, F, Hi, Wi), mean and std (C,) -> out (R, K')."""
     num_rows, padded = out.shape
     block_k = min(triton.next_power_of_2(padded), 128)
     block_rows = tile_rows(out, block_k)
@@ -395,7 +434,7 @@ def fused_patch_embed_launch(
     bias: Tensor | None,
     position: Tensor | None,
     index: RowIndex,
-    patch: tuple[int, int],
+    patch: Patch,
     out: Tensor,
     capability: int,
 ) -> KernelLaunch:

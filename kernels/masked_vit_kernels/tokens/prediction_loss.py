@@ -1,24 +1,33 @@
-"""The loss in latent space: predictions against LayerNorm-ed target features, in one pass.
+"""The loss in latent space: predictions against normalised target features, in one pass.
 
-    t[r]  = (f - mean(f)) / sqrt(var(f) + eps)      f = target_features[target_rows[r]], eps = 1e-5
+    f     = target_features[target_rows[r]]
+    t[r]  = (f - mean(f)) / sqrt(var(f) + eps)      "layer", eps = 1e-5: over the row's features
+            (f - mean_b) / sqrt(var_b + eps)        "instance": each one over the image's patches
+            f                                       "none"
     d     = predictions[r] - t[r]
     loss  = sum over valid rows and columns of h(d) / denominator
-    h(d)  = d^2 / 2 if |d| < 1 else |d| - 1/2       smooth L1;        d^2  for "l2"
+    h(d)  = d^2 / 2 if |d| < 1 else |d| - 1/2       smooth L1;  d^2 for "l2";  |d| for "l1"
     grad  = h'(d) * grad_loss / denominator         zero on padding;  none for the targets
 
-The forward reads each prediction and each target row once and writes eight bytes a row, mean and
-reciprocal deviation; the backward recomputes d from them. The normalised targets are never in
-memory. Sums are float32: a row in registers, then one partial sum a program, then one program that
-adds the partials in a fixed order and divides, so that two runs give the same bits.
+"cosine" has one distance a row instead, with |x| at least 1e-8 as in F.cosine_similarity:
 
-Bytes moved a row of D elements of size e: forward 2 * e * D, backward 3 * e * D.
+    h(p, t)  = 1 - p . t / (|p| |t|)
+    grad     = (b p - a t) * grad_loss / denominator,   a = 1 / (|p| |t|),   b = p . t a / |p|^2
+
+The forward reads each prediction and each target row once. For "layer" it writes eight bytes a row,
+mean and reciprocal deviation; for "instance" it reads those of the image (`image_statistics.py`);
+"cosine" adds a and b.
+The backward recomputes d from them. The normalised targets are never in memory. Sums are float32: a
+row in registers, then one partial sum a program, then one program that adds the partials in a fixed
+order and divides, so that two runs give the same bits.
+
+Bytes moved a row of D elements of size e: forward 2 * e * D, backward 3 * e * D. The statistics of
+an image, 8 * D, come from the cache for all of its rows but the first.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.checks import (
@@ -27,11 +36,14 @@ from masked_vit_kernels.checks import (
     check_same_device,
     check_shape,
 )
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, round_up_to_power_of_two, runs_kernels
 from masked_vit_kernels.tokens import cpu
+from masked_vit_kernels.tokens.image_statistics import image_statistics
 from masked_vit_kernels.tokens.rows import column_block, with_unit_columns
 
-KINDS = ("smooth_l1", "l2")
+KINDS = ("smooth_l1", "l2", "l1", "cosine")
+TARGET_NORMS = ("layer", "instance", "none")
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -48,16 +60,19 @@ def _loss_forward_kernel(
     predictions_ptr,  # (Tt, D)
     features_ptr,  # (F, D)
     target_rows_ptr,  # (Tt,)
-    mean_ptr,  # (Tt,) float32
-    rstd_ptr,  # (Tt,) float32
+    mean_ptr,  # float32: (Tt,) to write, or (B, D) of the images
+    rstd_ptr,  # float32, likewise
+    cosines_ptr,  # (2, Tt) float32: a and b to write, for "cosine"
     partial_ptr,  # (2, programs) float32: loss sum, valid rows
     num_rows,
     num_features,
     rows_per_program,
     stride_pr,
     stride_fr,
+    NORM: tl.constexpr,
+    PATCHES: tl.constexpr,  # of an image, for "instance"
     EPS: tl.constexpr,
-    SMOOTH_L1: tl.constexpr,
+    DISTANCE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -76,19 +91,42 @@ def _loss_forward_kernel(
         prediction = tl.load(  # [BLOCK_D]
             predictions_ptr + row * stride_pr + columns, mask=present, other=0
         ).to(tl.float32)
-        mean = tl.sum(feature, axis=0) / D
-        centred = tl.where(in_width, feature - mean, 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + EPS)
-        difference = prediction - centred * rstd
-        if SMOOTH_L1:
+        if NORM == "layer":
+            mean = tl.sum(feature, axis=0) / D
+            centred = tl.where(in_width, feature - mean, 0.0)
+            rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + EPS)
+            wanted = centred * rstd
+        elif NORM == "instance":
+            of_image = target // PATCHES * D + columns
+            mean = tl.load(mean_ptr + of_image, mask=present, other=0)  # [BLOCK_D]
+            rstd = tl.load(rstd_ptr + of_image, mask=present, other=0)  # [BLOCK_D]
+            wanted = (feature - mean) * rstd
+        else:
+            wanted = feature
+        difference = prediction - wanted
+        if DISTANCE == "smooth_l1":
             magnitude = tl.abs(difference)
             distance = tl.where(magnitude < 1.0, 0.5 * difference * difference, magnitude - 0.5)
-        else:
+        elif DISTANCE == "l1":
+            distance = tl.abs(difference)
+        elif DISTANCE == "l2":
             distance = difference * difference
+        else:
+            wanted = tl.where(present, wanted, 0.0)
+            square = tl.sum(prediction * prediction, axis=0)
+            norms = tl.sqrt_rn(tl.maximum(square, 1e-16, propagate_nan=tl.PropagateNan.ALL))
+            norms *= tl.sqrt_rn(tl.maximum(tl.sum(wanted * wanted, axis=0), 1e-16))
+            cosine = tl.sum(prediction * wanted, axis=0) / norms
+            distance = tl.where(columns == 0, 1.0 - cosine, 0.0)
+            # A prediction shorter than 1e-8 is divided by a constant.
+            along = tl.where(square < 1e-16, 0.0, cosine / square)
+            tl.store(cosines_ptr + row, 1.0 / norms, mask=row < num_rows)
+            tl.store(cosines_ptr + num_rows + row, along, mask=row < num_rows)
         total += tl.where(present, distance, 0.0)
         count += valid.to(tl.float32)
-        tl.store(mean_ptr + row, mean, mask=row < num_rows)
-        tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+        if NORM == "layer":
+            tl.store(mean_ptr + row, mean, mask=row < num_rows)
+            tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
     tl.store(partial_ptr + program, tl.sum(total, axis=0))
     tl.store(partial_ptr + tl.num_programs(0) + program, count)
 
@@ -122,14 +160,17 @@ def _loss_backward_kernel(
     predictions_ptr,  # (Tt, D)
     features_ptr,  # (F, D)
     target_rows_ptr,  # (Tt,)
-    mean_ptr,  # (Tt,) float32
-    rstd_ptr,  # (Tt,) float32
+    mean_ptr,  # float32: (Tt,) of the rows, or (B, D) of the images
+    rstd_ptr,  # float32, likewise
+    cosines_ptr,  # (2, Tt) float32: a and b of the rows, for "cosine"
     grad_ptr,  # (Tt, D)
     num_rows,
     num_features,
     stride_pr,
     stride_fr,
-    SMOOTH_L1: tl.constexpr,
+    NORM: tl.constexpr,
+    PATCHES: tl.constexpr,  # of an image, for "instance"
+    DISTANCE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -141,19 +182,34 @@ def _loss_backward_kernel(
     targets, valid = _target_row(target_rows_ptr, rows, in_range, num_features)
     present = valid[:, None] & in_width[None, :]
     scale = tl.load(grad_loss_ptr).to(tl.float32) * tl.load(out_ptr + 1)
-    mean = tl.load(mean_ptr + rows, mask=valid, other=0)
-    rstd = tl.load(rstd_ptr + rows, mask=valid, other=0)
+    if NORM == "layer":
+        mean = tl.load(mean_ptr + rows, mask=valid, other=0)[:, None]  # [BLOCK_ROWS, 1]
+        rstd = tl.load(rstd_ptr + rows, mask=valid, other=0)[:, None]
+    elif NORM == "instance":
+        of_image = targets[:, None] // PATCHES * D + columns[None, :]
+        mean = tl.load(mean_ptr + of_image, mask=present, other=0)  # [BLOCK_ROWS, BLOCK_D]
+        rstd = tl.load(rstd_ptr + of_image, mask=present, other=0)
     feature = tl.load(  # [BLOCK_ROWS, BLOCK_D]
         features_ptr + targets[:, None] * stride_fr + columns[None, :], mask=present, other=0
     ).to(tl.float32)
     prediction = tl.load(  # [BLOCK_ROWS, BLOCK_D]
         predictions_ptr + rows[:, None] * stride_pr + columns[None, :], mask=present, other=0
     ).to(tl.float32)
-    difference = prediction - (feature - mean[:, None]) * rstd[:, None]
-    if SMOOTH_L1:  # written so that a NaN stays a NaN
-        slope = tl.where(difference >= 1.0, 1.0, tl.where(difference <= -1.0, -1.0, difference))
+    if NORM == "none":
+        wanted = feature
     else:
+        wanted = (feature - mean) * rstd
+    difference = prediction - wanted
+    if DISTANCE == "smooth_l1":  # written so that a NaN stays a NaN, here and below
+        slope = tl.where(difference >= 1.0, 1.0, tl.where(difference <= -1.0, -1.0, difference))
+    elif DISTANCE == "l1":
+        slope = tl.where(difference > 0.0, 1.0, tl.where(difference < 0.0, -1.0, difference))
+    elif DISTANCE == "l2":
         slope = 2.0 * difference
+    else:
+        across = tl.load(cosines_ptr + rows, mask=valid, other=0)[:, None]  # [BLOCK_ROWS, 1]
+        along = tl.load(cosines_ptr + num_rows + rows, mask=valid, other=0)[:, None]
+        slope = along * prediction - across * wanted
     grad = tl.where(valid[:, None], slope * scale, 0.0)
     tl.store(
         grad_ptr + rows[:, None] * D + columns[None, :],
@@ -180,8 +236,13 @@ def loss_forward_launch(
     rstd: Tensor,
     partial: Tensor,
     kind: str,
+    norm: str = "layer",
+    patches: int = 1,
+    cosines: Tensor | None = None,
 ) -> KernelLaunch:
-    """predictions (Tt, D), features (F, D), unit column strides -> statistics and partial sums."""
+    """predictions (Tt, D), features (F, D), unit column strides -> partial sums, and for "layer"
+    the statistics; for "instance", which reads them, `patches` is how many rows an image has.
+    cosines: (2, Tt) to write, for "cosine"."""
     num_rows, width = predictions.shape
     block_d = round_up_to_power_of_two(width)
     return KernelLaunch(
@@ -193,14 +254,17 @@ def loss_forward_launch(
             "target_rows_ptr": target_rows,
             "mean_ptr": mean,
             "rstd_ptr": rstd,
+            "cosines_ptr": cosines,
             "partial_ptr": partial,
             "num_rows": num_rows,
             "num_features": features.shape[0],
             "rows_per_program": triton.cdiv(num_rows, partial.shape[1]),
             "stride_pr": predictions.stride(0),
             "stride_fr": features.stride(0),
-            "EPS": cpu.TARGET_LAYER_NORM_EPS,
-            "SMOOTH_L1": kind == "smooth_l1",
+            "NORM": norm,
+            "PATCHES": patches,
+            "EPS": cpu.TARGET_NORM_EPS,
+            "DISTANCE": kind,
             "D": width,
             "BLOCK_D": block_d,
         },
@@ -237,8 +301,11 @@ def loss_backward_launch(
     rstd: Tensor,
     grad: Tensor,
     kind: str,
+    norm: str = "layer",
+    patches: int = 1,
+    cosines: Tensor | None = None,
 ) -> KernelLaunch:
-    """What the forward saved -> grad (Tt, D) of the predictions."""
+    """What the forward saved or was given -> grad (Tt, D) of the predictions."""
     num_rows, width = predictions.shape
     block_d = column_block(width)
     block_rows = max(1, 4096 // (predictions.element_size() * block_d))
@@ -253,12 +320,15 @@ def loss_backward_launch(
             "target_rows_ptr": target_rows,
             "mean_ptr": mean,
             "rstd_ptr": rstd,
+            "cosines_ptr": cosines,
             "grad_ptr": grad,
             "num_rows": num_rows,
             "num_features": features.shape[0],
             "stride_pr": predictions.stride(0),
             "stride_fr": features.stride(0),
-            "SMOOTH_L1": kind == "smooth_l1",
+            "NORM": norm,
+            "PATCHES": patches,
+            "DISTANCE": kind,
             "D": width,
             "BLOCK_ROWS": block_rows,
             "BLOCK_D": block_d,
@@ -276,25 +346,45 @@ def prediction_loss(
     target_rows: Tensor,
     denominator: Tensor | None,
     kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (2,) loss and 1 / denominator, mean (Tt,) and rstd (Tt,) of the target rows; float32."""
+    norm: str = "layer",
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> (2,) loss and 1 / denominator; mean (Tt,) and rstd (Tt,) of the target rows for "layer",
+    empty for the others; a and b (2, Tt) for "cosine", empty for the others; all float32.
+    `statistics` (2, B, D) are what "instance" divides by."""
     num_rows, width = predictions.shape
-    out, mean, rstd = (
-        predictions.new_empty(n, dtype=torch.float32) for n in (2, num_rows, num_rows)
-    )
+    out, mean, rstd, cosines = _outputs(predictions, kind, norm)
     partial = predictions.new_empty(2, loss_programs(num_rows), dtype=torch.float32)
     loss_forward_launch(
         with_unit_columns(predictions), with_unit_columns(features), target_rows.contiguous(),
-        mean, rstd, partial, kind,
+        *_divisors(mean, rstd, statistics), partial, kind, norm, _patches(features, statistics),
+        cosines if kind == "cosine" else None,
     ).run()  # fmt: skip
-    loss_finish_launch(partial, denominator, width, out).run()
-    return out, mean, rstd
+    values = 1 if kind == "cosine" else width  # of a row
+    loss_finish_launch(partial, denominator, values, out).run()
+    return out, mean, rstd, cosines
+
+
+def _outputs(predictions: Tensor, kind: str, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = predictions.shape[0] if norm == "layer" else 0
+    out, mean, rstd = (predictions.new_empty(n, dtype=torch.float32) for n in (2, rows, rows))
+    rows = predictions.shape[0] if kind == "cosine" else 0
+    return out, mean, rstd, predictions.new_empty(2, rows, dtype=torch.float32)
+
+
+def _divisors(mean: Tensor, rstd: Tensor, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (mean, rstd) if statistics is None else (statistics[0], statistics[1])
+
+
+def _patches(features: Tensor, statistics: Tensor | None) -> int:
+    """Rows of an image; without statistics, or of no image, nobody asks."""
+    images = 0 if statistics is None else statistics.shape[1]
+    return features.shape[0] // images if images else 1
 
 
 @prediction_loss.register_fake
-def _(predictions, features, target_rows, denominator, kind):
-    num_rows = predictions.shape[0]
-    return tuple(predictions.new_empty(n, dtype=torch.float32) for n in (2, num_rows, num_rows))
+def _(predictions, features, target_rows, denominator, kind, norm="layer", statistics=None):
+    return _outputs(predictions, kind, norm)
 
 
 @torch.library.custom_op("masked_vit_kernels::prediction_loss_backward", mutates_args=())
@@ -306,19 +396,23 @@ def prediction_loss_backward(
     target_rows: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    cosines: Tensor,
     kind: str,
+    norm: str = "layer",
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the predictions (Tt, D), in their dtype; grad_loss is 0-d."""
     grad = torch.empty_like(predictions, memory_format=torch.contiguous_format)
     loss_backward_launch(
         grad_loss, out, with_unit_columns(predictions), with_unit_columns(features),
-        target_rows.contiguous(), mean, rstd, grad, kind,
+        target_rows.contiguous(), *_divisors(mean, rstd, statistics), grad, kind, norm,
+        _patches(features, statistics), cosines if kind == "cosine" else None,
     ).run()  # fmt: skip
     return grad
 
 
 @prediction_loss_backward.register_fake
-def _(grad_loss, out, predictions, features, target_rows, mean, rstd, kind):
+def _(grad_loss, out, predictions, *others):
     return torch.empty_like(predictions, memory_format=torch.contiguous_format)
 
 
@@ -326,15 +420,16 @@ def _(grad_loss, out, predictions, features, target_rows, mean, rstd, kind):
 
 
 def _save_for_backward(ctx, inputs, output):
-    predictions, features, target_rows, _, ctx.kind = inputs
-    out, mean, rstd = output
-    ctx.save_for_backward(out, predictions, features, target_rows, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    predictions, features, target_rows, _, ctx.kind, ctx.norm, statistics = inputs
+    out, mean, rstd, cosines = output
+    ctx.save_for_backward(out, predictions, features, target_rows, mean, rstd, cosines, statistics)
+    ctx.mark_non_differentiable(mean, rstd, cosines)
 
 
-def _backward(ctx, grad_out, grad_mean, grad_rstd):
-    grad = prediction_loss_backward(grad_out[0], *ctx.saved_tensors, ctx.kind)
-    return grad, None, None, None, None
+def _backward(ctx, grad_out, grad_mean, grad_rstd, grad_cosines):
+    *saved, statistics = ctx.saved_tensors
+    grad = prediction_loss_backward(grad_out[0], *saved, ctx.kind, ctx.norm, statistics)
+    return grad, None, None, None, None, None, None
 
 
 prediction_loss.register_autograd(_backward, setup_context=_save_for_backward)
@@ -349,33 +444,47 @@ def latent_prediction_loss(
     target_rows: Tensor,
     *,
     kind: str = "smooth_l1",
+    target_norm: str = "layer",
     denominator: Tensor | None = None,
 ) -> Tensor:
     """Distance between predictions and the normalised target features they stand for.
 
     Args:
         predictions: (Tt, D), the predictor's output at its target rows.
-        target_features: (B, N, D) or (R, D) output of the target encoder, before the LayerNorm
-            without affine (eps 1e-5) that is applied here. Receives no gradient.
+        target_features: (B, N, D) or (R, D) output of the target encoder, before the normalisation
+            that is applied here; for "instance" (B, N, D), every patch of every image. Receives no
+            gradient.
         target_rows: (Tt,) int32 or int64, row b * N + patch of each prediction, -1 for padding.
-        kind: "smooth_l1" (beta 1, the released code) or "l2" (the paper).
-        denominator: 0-d tensor that the sum is divided by; default: valid rows times D, at least 1.
+        kind: "smooth_l1" (beta 1, the released code), "l2" (the paper), "l1" (V-JEPA) or "cosine"
+            (1 - the cosine of a row and its target).
+        target_norm: "layer", LayerNorm of each row without affine (the released code); "instance",
+            each feature of an image standardised over its N patches (data2vec's choice); "none".
+            Variances are biased, with eps 1e-5.
+        denominator: 0-d tensor that the sum is divided by; default: the number of distances, valid
+            rows times D and for "cosine" valid rows, at least 1.
 
     Returns:
         0-d float32 loss. A NaN in a valid row makes it NaN; padding may hold anything.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown kind. IndexError: a row outside the features,
-        on the CPU; on CUDA such a row counts as padding.
+        ValueError: shapes that do not fit, an unknown kind or target_norm. IndexError: a row
+        outside the features, on the CPU; on CUDA such a row counts as padding.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind must be 'smooth_l1' or 'l2', got {kind!r}")
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if target_norm not in TARGET_NORMS:
+        raise ValueError(f"target_norm must be one of {TARGET_NORMS}, got {target_norm!r}")
     check_shape("predictions", predictions, (None, None), "(Tt, D)")
     num_rows, width = predictions.shape
     if target_features.ndim not in (2, 3) or target_features.shape[-1] != width:
         raise ValueError(
             f"target_features must have shape (B, N, {width}) or (R, {width}),"
             f" got {tuple(target_features.shape)}"
+        )
+    if target_norm == "instance" and target_features.ndim != 3:
+        raise ValueError(
+            f"target_norm 'instance' needs every patch of every image, target_features of shape "
+            f"(B, N, {width}), got {tuple(target_features.shape)}"
         )
     check_shape("target_rows", target_rows, (num_rows,), f"({num_rows},)")
     check_index_dtype("target_rows", target_rows)
@@ -387,10 +496,15 @@ def latent_prediction_loss(
         raise ValueError(f"denominator must have one element, got {tuple(denominator.shape)}")
     if not runs_kernels(predictions.device):
         return cpu.latent_prediction_loss(
-            predictions, target_features, target_rows, kind=kind, denominator=denominator
-        )
+            predictions, target_features, target_rows, kind=kind, target_norm=target_norm,
+            denominator=denominator,
+        )  # fmt: skip
     check_dtype("predictions", predictions)
     check_dtype("target_features", target_features)
-    features = target_features.detach().reshape(-1, width)
-    out, _, _ = prediction_loss(predictions, features, target_rows, denominator, kind)
+    features = target_features.detach()
+    statistics = image_statistics(features) if target_norm == "instance" else None
+    out, *_ = prediction_loss(
+        predictions, features.reshape(-1, width), target_rows, denominator, kind, target_norm,
+        statistics,
+    )  # fmt: skip
     return out[0]

@@ -16,11 +16,10 @@ positions are read M times, from L2); backward e * P read once and 1 / M of it w
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.checks import check_index_dtype, check_same_device, check_shape
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch, runs_kernels
 from masked_vit_kernels.packing import PredictorPacking
 from masked_vit_kernels.tokens import cpu

@@ -12,11 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from masked_vit_kernels.checks import check_index_dtype, check_shape
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import round_up_to_power_of_two
 from masked_vit_kernels.packing import Packing
 

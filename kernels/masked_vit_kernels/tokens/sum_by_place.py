@@ -9,10 +9,9 @@ the same bits in every run. Bytes moved: every value once, plus 12 bytes of sort
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from masked_vit_kernels.kernel_language import tl, triton
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens.rows import column_block, sum_dtype, with_unit_columns
 

@@ -1,0 +1,1 @@
+"""Images in tar files of the WebDataset layout, read by random access."""

@@ -1,0 +1,1 @@
+"""Pictures of what was learned: `ijepa visualize` and `ijepa report`."""

@@ -1,0 +1,1 @@
+"""The page of `ijepa report`: one HTML file that needs nothing else."""

@@ -1,0 +1,1 @@
+"""How a model is shared among ranks: not at all, replicated, or sharded."""

@@ -1,0 +1,2 @@
+"""RCDM: what a pooled representation holds, shown by a diffusion model that decodes it (extra
+`rcdm`)."""
