@@ -299,7 +299,7 @@ def test_targets_in_float8(precision):
 
 
 def test_a_block_in_float8_is_traced_whole():
-    """What torch.compile makes a graph of on a GPU; the compiler's own code is slow to build here."""
+    """What torch.compile makes one graph of on a GPU; its own code is slow to build here."""
     model = make_float8_trainer(target_precision="fp8").model
     images, masks = make_images(0), make_masks()
     expected, _ = model.targets(images, masks)
