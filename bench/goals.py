@@ -141,7 +141,7 @@ class AttentionTables:
 
 
 def predicted_share(predictions: list[dict]) -> str:
-    """The smallest share of the floor predicted, of the played and of the overlapped time."""
+    """The smallest share of the floor predicted, from its longer to its overlapped time."""
     if not predictions:
         return ""
     worst = min(predictions, key=lambda row: row["share_of_floor"][0])
@@ -274,10 +274,11 @@ def goals_of(results: Results, predictions: Results) -> list[Goal]:
 
 
 def prediction_note(filed: dict) -> str:
-    """Where the predictions come from."""
+    """Where the predictions come from; older files have no played time."""
+    longer = "played" if "played_us" in filed["predictions"][0] else "serial"
     return (
         f"Predicted on {filed['date']} for an H200 by `bench/ops/attention_estimate.py`, from the"
-        f" sm_90 machine code of commit {filed['commit']}: the worst of the shapes, by the played"
+        f" sm_90 machine code of commit {filed['commit']}: the worst of the shapes, by the {longer}"
         " and by the overlapped time."
     )
 

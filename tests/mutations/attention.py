@@ -103,8 +103,8 @@ MUTATIONS = [
     Mutation(
         "lse in base 2",
         FORWARD,
-        "lse = (row_max + tl.log2(total)) * LN_2",
-        "lse = row_max + tl.log2(total)",
+        "lse = (row_max * scale_log2 + tl.log2(total)) * LN_2",
+        "lse = row_max * scale_log2 + tl.log2(total)",
         short,
     ),
     Mutation(
@@ -117,8 +117,8 @@ MUTATIONS = [
     Mutation(
         "queries without keys unguarded",
         BACKWARD,
-        'tl.where(lse == -float("inf"), 0.0, lse * 1.4426950408889634)',
-        "lse * 1.4426950408889634 + first_query * 0 - 1.0",
+        "p = tl.where(valid[:, None], p, 0.0)",
+        "p = p * 1.0",
         short,
     ),
 ]

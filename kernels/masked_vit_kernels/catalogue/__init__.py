@@ -19,7 +19,7 @@ from masked_vit_kernels.catalogue.tokens import token_cases
 @functools.cache
 def all_cases(capability: int) -> tuple[Case, ...]:
     """Every case for one capability (80, 90 or 100)."""
-    return (*attention_cases(capability), *token_cases(capability), *optimizer_cases())
+    return (*attention_cases(capability), *token_cases(capability), *optimizer_cases(capability))
 
 
 def library_cases(capability: int) -> Iterator[Case]:

@@ -8,6 +8,8 @@ import torch
 
 from masked_vit_kernels.catalogue.case import Case, meta
 from masked_vit_kernels.optimizer import ema, launches
+from masked_vit_kernels.optimizer.float8_copies import TABLE_COLUMNS as TABLE_COLUMNS_OF_COPIES
+from masked_vit_kernels.optimizer.float8_copies import quantize_launch
 from masked_vit_kernels.optimizer.kernels import COEFFICIENTS, TABLE_COLUMNS
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -23,10 +25,24 @@ UPDATES = (
 )
 
 
-def optimizer_cases() -> Iterator[Case]:
-    """The moving average alone, and the three launches of an `AdamWEMA` step."""
+def optimizer_cases(capability: int) -> Iterator[Case]:
+    """The moving average alone, the three launches of an `AdamWEMA` step, float8 copies."""
     yield from _ema_cases()
     yield from _adamw_cases()
+    if capability >= 90:  # no table entry below has float8
+        yield from _float8_cases()
+
+
+def _float8_cases() -> Iterator[Case]:
+    """Rows as wide as the layers of ViT-B to ViT-G; for Python alone."""
+    table = meta(8, TABLE_COLUMNS_OF_COPIES.value, dtype=torch.int64)
+    for dtype in (FLOAT32, BFLOAT16):
+        for width in (1024, 2048, 8192):
+            launch = quantize_launch(meta(64, dtype=torch.int32), table, dtype, width)
+            yield Case(
+                "float8_copies", {"dtype": dtype, "row_up_to": width}, (launch,), ("streaming",),
+                core=dtype == BFLOAT16 and width == 8192, in_library=False,
+            )  # fmt: skip
 
 
 def _ema_cases() -> Iterator[Case]:

@@ -59,6 +59,7 @@ def quantize_launch(owner: Tensor, table: Tensor, dtype: torch.dtype, columns: i
             "DTYPE": TRITON_TYPES[dtype],
             "BLOCK": round_up_to_power_of_two(columns),
         },
+        num_warps=8 if columns > 2048 else 4,
     )
 
 
