@@ -43,7 +43,8 @@ def test_no_case_was_lost_when_two_lists_became_one(capability):
     assert library == LIBRARY
     assert min(attention.values()) >= 2 * 2 * len(HEAD_DIMS)  # dtypes, with maps and without
     others = Counter(case.op for case in all_cases(capability) if not case.in_library)
-    assert others == Counter(ONLY_AUDITED) + Counter(ADDED)
+    copies = {"float8_copies": 6} if capability >= 90 else {}  # Ampere has no float8 products
+    assert others == Counter(ONLY_AUDITED) + Counter(ADDED) + Counter(copies)
     assert sum(case.core for case in audit_cases(capability)) >= CORE_LAUNCHES[capability]
 
 

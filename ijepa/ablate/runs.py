@@ -88,7 +88,7 @@ def plan_runs(
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from None
             planned.append(PlannedRun(variant, seed, recipe, folder))
-    if not base.monitor.evaluate:
+    if not all(run.recipe.monitor.evaluate for run in planned):
         raise ValueError("the runs are compared by their closing probes: leave monitor.evaluate on")
     return planned
 
