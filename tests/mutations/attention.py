@@ -68,8 +68,8 @@ MUTATIONS = [
     Mutation(
         "wrong stride of v",
         FORWARD,
-        "v_ptr += start_k * stride_vt + head * STRIDE_VH",
-        "v_ptr += start_k * stride_ot + head * STRIDE_VH",
+        "v_ptr += start_k * stride_vt + key_head * STRIDE_VH",
+        "v_ptr += start_k * stride_ot + key_head * STRIDE_VH",
         packed,
     ),
     Mutation(
