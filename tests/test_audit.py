@@ -54,7 +54,7 @@ def test_a_stride_without_a_divisibility_hint_is_seen():
 
 @pytest.mark.audit
 def test_register_caps_and_spills_are_seen():
-    case = next(c for c in audit_cases(90) if c.core and "resident 64x128" in c.name)
+    case = next(c for c in audit_cases(90) if c.core and "resident 64x64" in c.name)
     capped = dataclasses.replace(case.launch, max_registers=96)
     found = _measure(capped)
     assert found.registers <= 96 and found.stack_bytes > 0 and found.local_accesses > 0
