@@ -1,6 +1,7 @@
 """The panel of real runs: a recipe that learns nothing is told so, the demo's is not."""
 
 import pytest
+import torch
 from rich.console import Console
 
 from ijepa.evaluate import warnings
@@ -9,6 +10,15 @@ from ijepa.report.metrics import read_metrics
 from ijepa.train.pretrain import pretrain
 
 RELEASED = {"model.init": "released", "model.target_norm": "layer"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps this small wait for a second thread longer than it saves where others are at work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(folder, steps, **overrides):
