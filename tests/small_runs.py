@@ -13,6 +13,9 @@ from ijepa.recipes import load_recipe
 
 SETTINGS: dict[str, Any] = {
     "model.image_size": [16, 16],
+    "model.init": "released",
+    "model.rescale_init": True,
+    "model.target_norm": "layer",
     "model.width": 16,
     "model.depth": 2,
     "model.heads": 2,

@@ -177,7 +177,7 @@ def test_a_run_that_diverges_stops_names_the_step_and_keeps_a_checkpoint(
     [
         ({"data__num_images": 31}, "trained on other data: images is 32 there and 31 here"),
         ({"model__depth": 3}, "does not fit this run.*context_encoder.blocks.2"),
-        ({"model__width": 32}, "does not fit this run.*size mismatch"),
+        ({"model__width": 32}, "does not fit this run.*has shape"),
         ({"train__steps": 11}, "is of step 12, beyond train.steps 11"),
     ],
 )
