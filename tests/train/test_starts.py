@@ -12,6 +12,7 @@ from ijepa import cli
 from ijepa.disk import NotWritten
 from ijepa.recipes import load_recipe
 from ijepa.report.metrics import read_metrics
+from ijepa.train import from_recipe
 from ijepa.train.checkpoint import load_checkpoint
 from ijepa.train.panel import RunPanel
 from ijepa.train.pretrain import Outcome, pretrain
@@ -151,7 +152,7 @@ def test_a_run_goes_on_for_more_epochs(tmp_path, capsys):
 
 def test_a_slow_start_says_what_it_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ijepa.report.progress.SECONDS_UNTOLD", 0.05)
-    for owner, name in ((Trainer, "step"), (RunPanel, "images"), (ijepa.data, "folder_source")):
+    for owner, name in ((Trainer, "step"), (RunPanel, "images"), (from_recipe, "_build")):
         monkeypatch.setattr(owner, name, _slowed(getattr(owner, name)))
     settings = photographs(tmp_path / "photos", 12) | {"monitor__every": 10, "train__steps": 3}
     assert cli.main(["pretrain", *small_arguments("run", **settings)]) == 0
