@@ -46,6 +46,18 @@ def gradients(outputs: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> tu
     return torch.autograd.grad(outputs, inputs, upstream, materialize_grads=True)
 
 
+def assert_repeatable_and_capturable(run: Callable[[], Sequence[Tensor]]) -> None:
+    """On a GPU: `run` gives the same bits every time, and when it is replayed as a CUDA graph."""
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+
+
 @overload
 def double(x: Tensor) -> Tensor: ...
 

@@ -65,12 +65,12 @@ def measure_learning(model: IJEPA, batches: list[tuple[Tensor, MaskBatch]]) -> L
             positions.add(every.flatten(0, 1), everywhere)
             image_means.append(every.mean(dim=1))
             valid = masks.targets >= 0
-            features, target_rows = model.targets(images, masks)
-            if model.config.target_norm == "instance":
-                targets = every.flatten(0, 1)[target_rows[valid]]
-            else:
+            if model.config.target_masking == "input":  # other features than those of all patches
+                features, target_rows = model.targets(images, masks)
                 taken = features.flatten(0, -2)[target_rows[valid]]
                 targets = normalised_targets(taken, model.config.target_norm)
+            else:
+                targets = every.flatten(0, 1)[masks.target_rows[valid]]
             rows.add(targets, masks.targets[valid])
             predictions = model.predict(images, masks)[valid]
             error += (predictions.double() - targets.double()).square().sum().item()

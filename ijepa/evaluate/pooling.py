@@ -28,9 +28,10 @@ def pooled_features(encoder: Encoder, images: Tensor, batch_size: int = 256) -> 
     parts: dict[str, list[Tensor]] = {LAST: [], LAST4: [], MEAN_AND_STD: [], REGIONS: []}
     for batch in images.split(batch_size):
         layers = encoder.last_layers(batch.to(device), count)  # count x (B, N, D)
-        every = torch.cat(layers, dim=2).float()  # (B, N, count * D)
-        std, mean = torch.std_mean(every, dim=1, correction=0)
-        parts[LAST].append(mean[:, -layers[-1].shape[2] :])
+        each = [torch.std_mean(layer.float(), dim=1, correction=0) for layer in layers]
+        mean = torch.cat([mean for _, mean in each], dim=1)  # (B, count * D)
+        std = torch.cat([std for std, _ in each], dim=1)  # (B, count * D)
+        parts[LAST].append(each[-1][1])
         parts[LAST4].append(mean)
         parts[MEAN_AND_STD].append(torch.cat([mean, std], dim=1))
         as_image = layers[-1].float().transpose(1, 2).unflatten(2, encoder.grid)  # (B, D, h, w)

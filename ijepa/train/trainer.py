@@ -145,6 +145,11 @@ class Trainer:
         self.model = model
         self.schedule = schedule_config
         sharded = world_size() > 1 and parallel != "ddp"
+        if sharded and target_precision == "fp8":
+            raise ValueError(
+                f"target_precision 'fp8' needs whole weights on every rank, which parallel "
+                f"{parallel!r} does not leave: take 'ddp', or target_precision 'same'"
+            )
         if sharded:
             shard(model, hybrid=parallel == "hsdp", rounded=precision != "fp32")
         self.autocast = precision == "bf16" and not sharded

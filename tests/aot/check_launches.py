@@ -29,6 +29,7 @@ from masked_vit_kernels.optimizer import launches as adamw_ema_launch
 from masked_vit_kernels.tokens import (
     gather_kernels,
     prediction_loss,
+    prediction_loss_kernels,
     predictor_tokens,
     sum_by_place,
 )
@@ -386,7 +387,7 @@ def test_prediction_loss_and_its_backward(drawn):
     predictions = torch.empty(num_rows, width, dtype=dtype)
     features, target_rows = torch.empty(77, width, dtype=feature_dtype), _ids(num_rows)
     denominator = draw.choice([None, torch.tensor(3.0), torch.tensor(3)])
-    programs = prediction_loss.loss_programs(num_rows)
+    programs = prediction_loss_kernels.loss_programs(num_rows)
     assert LIBRARY.handle.mvk_loss_programs(num_rows) == programs
     partial, out, grad_loss = torch.empty(2, programs), torch.empty(2), torch.ones(())
     mean, rstd, grad = torch.empty(num_rows), torch.empty(num_rows), torch.empty_like(predictions)
@@ -403,11 +404,13 @@ def test_prediction_loss_and_its_backward(drawn):
     LIBRARY.run("prediction_loss_backward", grad_loss=grad_loss, grad=grad, **fields)
     name = prediction_loss.KINDS[kind]
     expect(capability, [
-        prediction_loss.loss_forward_launch(predictions, features, target_rows, mean, rstd,
-                                            partial, name),
-        prediction_loss.loss_finish_launch(partial, denominator, width, out),
-        prediction_loss.loss_backward_launch(grad_loss, out, predictions, features, target_rows,
-                                             mean, rstd, grad, name),
+        prediction_loss_kernels.loss_forward_launch(
+            predictions, features, target_rows, mean, rstd, partial, name
+        ),
+        prediction_loss_kernels.loss_finish_launch(partial, denominator, width, out),
+        prediction_loss_kernels.loss_backward_launch(
+            grad_loss, out, predictions, features, target_rows, mean, rstd, grad, name
+        ),
     ])  # fmt: skip
 
 

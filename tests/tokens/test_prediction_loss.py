@@ -5,8 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_vit_kernels import latent_prediction_loss, reference
-from masked_vit_kernels.tokens import cpu, prediction_loss
-from op_checks import assert_accurate, double, gradients, leaf, poisoned
+from masked_vit_kernels.tokens import cpu, prediction_loss, prediction_loss_kernels
+from op_checks import (
+    assert_accurate,
+    assert_repeatable_and_capturable,
+    double,
+    gradients,
+    leaf,
+    poisoned,
+)
 
 KINDS = prediction_loss.KINDS
 
@@ -78,7 +85,7 @@ def test_random_shapes(num_rows, width, kind, denominator):
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_more_rows_than_programs(programs, monkeypatch):
     """Each program of the forward takes several rows, the last one fewer."""
-    monkeypatch.setattr(prediction_loss, "MOST_PROGRAMS", programs)
+    monkeypatch.setattr(prediction_loss_kernels, "MOST_PROGRAMS", programs)
     check_loss(12, 5, 40, torch.float32, "smooth_l1")
 
 
@@ -121,10 +128,10 @@ def test_outputs_are_written_and_nothing_else():
     predictions = predictions.detach()
     mean, rstd, partial, out = poisoned(12), poisoned(12), poisoned(2, 4), poisoned(2)
     statistics = (mean.tensor, rstd.tensor)
-    prediction_loss.loss_forward_launch(
+    prediction_loss_kernels.loss_forward_launch(
         predictions, features, rows, *statistics, partial.tensor, "l2"
     ).run()
-    prediction_loss.loss_finish_launch(partial.check(), None, 40, out.tensor).run()
+    prediction_loss_kernels.loss_finish_launch(partial.check(), None, 40, out.tensor).run()
     out.check()
     valid = rows >= 0
     exact = features.double()[rows[valid]]
@@ -133,7 +140,7 @@ def test_outputs_are_written_and_nothing_else():
     assert_accurate("rstd", rstd.check()[valid], spread)
 
     grad = poisoned(12, 40)
-    prediction_loss.loss_backward_launch(
+    prediction_loss_kernels.loss_backward_launch(
         torch.tensor(1.0), out.tensor, predictions, features, rows, *statistics, grad.tensor, "l2"
     ).run()
     assert not grad.check()[~valid].any()
@@ -255,11 +262,4 @@ def test_bitwise_repeatable_and_capturable():
         loss = latent_prediction_loss(predictions, features, rows)
         return loss.detach().clone(), *gradients(loss, [predictions], torch.ones((), device="cuda"))
 
-    first = run()
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+    assert_repeatable_and_capturable(run)

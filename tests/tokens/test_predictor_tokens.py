@@ -9,6 +9,7 @@ from masked_vit_kernels.packing import pack_predictor
 from masked_vit_kernels.tokens import cpu, predictor_tokens
 from op_checks import (
     assert_accurate,
+    assert_repeatable_and_capturable,
     double,
     gradients,
     leaf,
@@ -194,11 +195,4 @@ def test_backward_is_bitwise_repeatable_and_capturable():
     def run():
         return gradients(assemble_predictor_tokens(*floats, *ids, packing), floats, upstream)
 
-    first = run()
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+    assert_repeatable_and_capturable(run)

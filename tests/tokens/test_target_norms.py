@@ -8,7 +8,14 @@ from masked_vit_kernels import latent_prediction_loss, reference
 from masked_vit_kernels.tokens import cpu
 from masked_vit_kernels.tokens.image_statistics import image_statistics, image_statistics_launch
 from masked_vit_kernels.tokens.prediction_loss import KINDS, TARGET_NORMS, prediction_loss
-from op_checks import assert_accurate, double, gradients, leaf, poisoned
+from op_checks import (
+    assert_accurate,
+    assert_repeatable_and_capturable,
+    double,
+    gradients,
+    leaf,
+    poisoned,
+)
 
 OTHERS = ("instance", "none")
 
@@ -219,14 +226,7 @@ def test_bitwise_repeatable_and_capturable():
         loss = latent_prediction_loss(predictions, features, rows, target_norm="instance")
         return loss.detach().clone(), *gradients(loss, [predictions], torch.ones((), device="cuda"))
 
-    first = run()
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+    assert_repeatable_and_capturable(run)
 
 
 def test_every_norm_is_tested():

@@ -355,3 +355,10 @@ def test_float8_settings_are_checked():
         torch.manual_seed(0)
         small = IJEPA(replace(CONFIG, width=8, heads=1))
         Trainer(small, OptimConfig(), SCHEDULE, precision="bf16", target_precision="fp8")
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_float8_targets_of_shards_are_refused(parallel, monkeypatch):
+    monkeypatch.setattr("ijepa.train.trainer.world_size", lambda: 2)
+    with pytest.raises(ValueError, match=f"whole weights on every rank, .* '{parallel}' does not"):
+        make_float8_trainer(target_precision="fp8", parallel=parallel)

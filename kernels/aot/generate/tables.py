@@ -21,7 +21,7 @@ from masked_vit_kernels.attention.tiles import MAX_GRID_Y
 from masked_vit_kernels.catalogue.case import Key
 from masked_vit_kernels.optimizer import kernels as adamw_ema_kernels
 from masked_vit_kernels.optimizer import multi_tensor
-from masked_vit_kernels.tokens import prediction_loss, sum_by_place
+from masked_vit_kernels.tokens import prediction_loss_kernels, sum_by_place
 
 # `mvk_dtype` of masked_vit_kernels.h; the generated tables assert that they agree.
 DTYPE_CODES = {
@@ -54,7 +54,7 @@ HEADER_CONSTANTS = {
 LAUNCH_CONSTANTS = {
     "MVK_MAX_GRID_Y": MAX_GRID_Y,
     "MVK_MANY_ROWS": sum_by_place.MANY_ROWS,
-    "MVK_MOST_LOSS_PROGRAMS": prediction_loss.MOST_PROGRAMS,
+    "MVK_MOST_LOSS_PROGRAMS": prediction_loss_kernels.MOST_PROGRAMS,
     "MVK_LOG2_E": LOG2_E,
 }
 

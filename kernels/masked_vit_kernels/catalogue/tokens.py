@@ -22,13 +22,9 @@ from masked_vit_kernels.catalogue.sizes import (
 )
 from masked_vit_kernels.launch import KernelLaunch
 from masked_vit_kernels.tokens import gather_kernels as gather
-from masked_vit_kernels.tokens import (
-    image_statistics,
-    prediction_loss,
-    predictor_tokens,
-    sum_by_place,
-)
+from masked_vit_kernels.tokens import image_statistics, predictor_tokens, sum_by_place
 from masked_vit_kernels.tokens import patch_embed_kernels as embed
+from masked_vit_kernels.tokens import prediction_loss_kernels as loss_kernels
 from masked_vit_kernels.tokens.rows import RowIndex
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -316,11 +312,11 @@ def _loss_cases() -> Iterator[Case]:
                     }  # fmt: skip
                     core = _is_core(feature_dtype, width) and kind == "smooth_l1"
                     x, features = meta(R, width, dtype=dtype), meta(R, width, dtype=feature_dtype)
-                    launch = prediction_loss.loss_forward_launch(
+                    launch = loss_kernels.loss_forward_launch(
                         x, features, ids, vector, vector, meta(2, 2048), kind
                     )
                     yield _one("prediction_loss", keys, launch, "streaming", core)
-                    launch = prediction_loss.loss_backward_launch(
+                    launch = loss_kernels.loss_backward_launch(
                         meta(), pair, x, features, ids, vector, vector, x, kind
                     )
                     yield _one("prediction_loss_backward", keys, launch, "streaming", core)
@@ -344,11 +340,11 @@ def _other_norm_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Cas
             mean, rstd = statistics if norm == "instance" else (vector, vector)
             keys = {"dtype": dtype, "width": width, "kind": kind, "norm": norm}
             core = core and norm == "instance"
-            launch = prediction_loss.loss_forward_launch(
+            launch = loss_kernels.loss_forward_launch(
                 x, features, ids, mean, rstd, meta(2, 2048), kind, norm, N
             )
             yield _one("prediction_loss", keys, launch, "streaming", core, in_library=False)
-            launch = prediction_loss.loss_backward_launch(
+            launch = loss_kernels.loss_backward_launch(
                 meta(), pair, x, features, ids, mean, rstd, x, kind, norm, N
             )
             yield _one(
@@ -364,11 +360,11 @@ def _other_kind_cases(ids: Tensor, vector: Tensor, pair: Tensor) -> Iterator[Cas
         rows = cosines if kind == "cosine" else None
         keys: Keys = {"dtype": dtype, "width": width, "kind": kind}
         core = dtype == BFLOAT16 and kind == "cosine"
-        launch = prediction_loss.loss_forward_launch(
+        launch = loss_kernels.loss_forward_launch(
             x, x, ids, vector, vector, meta(2, 2048), kind, cosines=rows
         )
         yield _one("prediction_loss", keys, launch, "streaming", core, in_library=False)
-        launch = prediction_loss.loss_backward_launch(
+        launch = loss_kernels.loss_backward_launch(
             meta(), pair, x, x, ids, vector, vector, x, kind, cosines=rows
         )
         yield _one("prediction_loss_backward", keys, launch, "streaming", core, in_library=False)
@@ -379,14 +375,14 @@ def _loss_finish_cases(out: Tensor) -> Iterator[Case]:
     for denominator in (None, meta(), meta(dtype=torch.int64)):
         by_block: dict[object, tuple[int, KernelLaunch]] = {}
         for num_programs in [2**k for k in range(12)]:
-            if prediction_loss.loss_programs(num_programs) != num_programs:
+            if loss_kernels.loss_programs(num_programs) != num_programs:
                 raise AssertionError(f"no loss has {num_programs} partial sums")
-            launch = prediction_loss.loss_finish_launch(meta(2, num_programs), denominator, 1, out)
+            launch = loss_kernels.loss_finish_launch(meta(2, num_programs), denominator, 1, out)
             by_block[launch.arguments["BLOCK"]] = num_programs, launch
         for bound, launch in by_block.values():
             keys: Keys = {
                 "denominator_dtype": None if denominator is None else denominator.dtype,
                 "max_programs": bound,
             }
-            core = denominator is None and bound == prediction_loss.MOST_PROGRAMS
+            core = denominator is None and bound == loss_kernels.MOST_PROGRAMS
             yield _one("loss_finish", keys, launch, "reported", core)
