@@ -110,14 +110,35 @@ def new_run_folder(recipe: Recipe) -> Path:
                 f"train.output {folder} is the folder of the images, and the run's pictures would "
                 "be counted among them: choose another, or leave it out"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"train.output {folder} cannot be made: {error.strerror}") from None
-        return folder
+        return made_folder(folder, "train.output")
+    return free_folder(recipe.name, "--train.output")
+
+
+def made_folder(folder: Path, option: str) -> Path:
+    """The folder that `option` names, made where it is not there.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def free_folder(name: str, option: str) -> Path:
+    """Make the first free runs/<name>-<number>.
+
+    Args:
+        option: by which another folder could be given.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
     number = 1
     while True:
-        folder = Path("runs") / f"{recipe.name}-{number:03d}"
+        folder = Path("runs") / f"{name}-{number:03d}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -125,7 +146,7 @@ def new_run_folder(recipe: Recipe) -> Path:
         except OSError as error:
             raise ValueError(
                 f"{folder} cannot be made in {Path.cwd()}: {error.strerror}; give another folder "
-                "by --train.output"
+                f"by {option}"
             ) from None
         else:
             return folder

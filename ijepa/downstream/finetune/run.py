@@ -30,6 +30,7 @@ from ijepa.evaluate.tasks import Split, Task
 from ijepa.report.counting import Counting
 from ijepa.report.metrics import MetricsWriter
 from ijepa.train.checkpoint import Checkpoint, holds_checkpoint
+from ijepa.train.run_folder import free_folder, made_folder
 from ijepa.train.run_lock import RunLock
 from ijepa.train.schedules import due
 from ijepa.train.stop_signals import StopSignals
@@ -231,7 +232,7 @@ def run_folder(options: FinetuneOptions, bench: Bench, *, new: bool) -> Path:
     """The folder of the run, made.
 
     Raises:
-        ValueError: a new run's holds one already.
+        ValueError: a new run's holds one already, or it cannot be made.
     """
     if options.output is not None:
         if new and holds_checkpoint(options.output):
@@ -239,17 +240,8 @@ def run_folder(options: FinetuneOptions, bench: Bench, *, new: bool) -> Path:
                 f"{options.output} holds a run already: continue it with "
                 f"`{resume_command(options.output)}`, or choose another --output"
             )
-        options.output.mkdir(parents=True, exist_ok=True)
-        return options.output
-    number = 1
-    while True:
-        folder = Path("runs") / f"finetune-{bench.task.name}-{number:03d}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
+        return made_folder(options.output, "--output")
+    return free_folder(f"finetune-{bench.task.name}", "--output")
 
 
 def resume_command(folder: Path) -> str:

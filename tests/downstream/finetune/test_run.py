@@ -214,6 +214,12 @@ def test_a_folder_that_holds_a_run_is_not_taken(run, folder, tmp_path, capsys):
     assert "95 % interval" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_made_is_named(run, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--output .*file/out cannot be made: Not a directory"):
+        finetune_run.finetune(options(run, folder, tmp_path / "file" / "out"))
+
+
 def test_a_classifier_is_fine_tuned_on(run, folder, tmp_path):
     """A source like any other: its head is replaced."""
     finetune_run.finetune(options(run, folder, tmp_path / "first", epochs=1))
